@@ -1,0 +1,37 @@
+# make demo | test | lint | bench-*: each sets up .venv first if it is missing or out of date.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: .venv/.demo
+	$(BIN)/python scripts/demo.py
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# make bench-NAME runs benchmarks/NAME.toml; finished rows are kept, so a stopped one goes on.
+bench-%: .venv/.dev
+	$(BIN)/zsq bench benchmarks/$*.toml
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "zsq needs Python >= 3.11, and $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP_INSTALL) -e '.[demo]'
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP_INSTALL) -e '.[dev,demo]'
+	@touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,60 @@
+"""zsq: low-bit vision models from the trained model alone, without its data.
+
+>>> import zsq
+>>> run = zsq.quantize("digits", recipe="genie", bits="W4A4", budget="quick")  # doctest: +SKIP
+>>> logits = run.student(images)  # doctest: +SKIP
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from zsq._version import __version__
+from zsq.errors import JobError, UsageError, ZsqError
+
+if TYPE_CHECKING:
+    from zsq.evaluate import accuracy
+    from zsq.models import ModelSpec, Teacher, load_model
+    from zsq.pipeline import compose_recipe, quantize, synthesize_images
+    from zsq.recipe import Recipe
+    from zsq.recipes import RECIPES
+    from zsq.run import Run, load_run
+
+_WHERE = {
+    "ModelSpec": "zsq.models",
+    "RECIPES": "zsq.recipes",
+    "Recipe": "zsq.recipe",
+    "Run": "zsq.run",
+    "Teacher": "zsq.models",
+    "accuracy": "zsq.evaluate",
+    "compose_recipe": "zsq.pipeline",
+    "load_model": "zsq.models",
+    "load_run": "zsq.run",
+    "quantize": "zsq.pipeline",
+    "synthesize_images": "zsq.pipeline",
+}
+
+__all__ = [
+    "RECIPES",
+    "JobError",
+    "ModelSpec",
+    "Recipe",
+    "Run",
+    "Teacher",
+    "UsageError",
+    "ZsqError",
+    "__version__",
+    "accuracy",
+    "compose_recipe",
+    "load_model",
+    "load_run",
+    "quantize",
+    "synthesize_images",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used, so that `import zsq` and `zsq --help` stay quick."""
+    if name in _WHERE:
+        import importlib
+
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'zsq' has no attribute {name!r}")

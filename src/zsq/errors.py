@@ -1,0 +1,37 @@
+"""Errors that reach the user: one paragraph that says what came, what was expected and what to do."""
+
+import importlib
+from types import ModuleType
+
+
+class ZsqError(Exception):
+    """Base of the errors that zsq raises on purpose; the command line prints only their text."""
+
+    exit_code = 1
+
+
+class JobError(ZsqError):
+    """The call was right but the job could not be done."""
+
+
+class UsageError(ZsqError, ValueError):
+    """The call was wrong: a bad argument, file or model."""
+
+    exit_code = 2
+
+
+def import_extra(module: str, extra: str) -> ModuleType:
+    """Import `module`, which the optional dependency `extra` brings.
+
+    Raises:
+        UsageError: it is not installed; the message names the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise UsageError(
+            f"This needs the package {module.split('.')[0]!r}, which is not installed. "
+            f"Install the extra that brings it: pip install 'zsq[{extra}]'"
+        ) from None

@@ -1,0 +1,120 @@
+"""Measure a model: top-1 and top-5 on labelled images, agreement with the teacher, error per unit."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from zsq.graph.blocks import Unit, extract
+from zsq.recover.losses import signal_to_noise
+
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracy on real labelled images, in percent, with the number of images it rests on."""
+
+    top1: float
+    top5: float | None  # None with fewer than 6 classes
+    num_images: int
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """As a dictionary."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> Accuracy:
+    """Top-1 and top-5 accuracy.
+
+    Args:
+        model: images (N, C, H, W) -> logits (N, K).
+        batches: pairs of normalised images and labels (N,), integers below K.
+        device: where the model is.
+        progress: called with the number of images done so far.
+
+    Raises:
+        ValueError: there are no images, or the output is not (N, K).
+    """
+    top1 = torch.zeros((), dtype=torch.int64, device=device)
+    top5 = torch.zeros_like(top1)
+    total, classes = 0, 0
+    for images, labels in batches:
+        logits, labels = model(images.to(device)), labels.to(device)
+        if logits.ndim != 2:
+            raise ValueError(f"accuracy needs logits (N, K), the model returns {tuple(logits.shape)}")
+        classes = logits.shape[1]
+        best = logits.topk(min(5, classes), dim=1).indices
+        hits = best == labels[:, None]
+        top1 += hits[:, 0].sum()
+        top5 += hits.sum()
+        total += len(labels)
+        if progress is not None:
+            progress(total)
+    if total == 0:
+        raise ValueError("there are no images to evaluate on")
+    return Accuracy(
+        top1=100 * int(top1) / total, top5=100 * int(top5) / total if classes > 5 else None, num_images=total
+    )
+
+
+@torch.no_grad()
+def agreement(student: nn.Module, teacher: nn.Module, images: Tensor) -> dict[str, float | int]:
+    """How far two models agree on unlabelled images. This is not an accuracy.
+
+    Returns:
+        "top1_agreement": share of images, in percent, for which both name the same class (first axis 1);
+        "snr": signal-to-noise of the student's outputs, decibels; "num_images".
+    """
+    same, positions, signal, noise = 0, 0, 0.0, 0.0
+    for start in range(0, len(images), CHUNK):
+        chunk = images[start : start + CHUNK]
+        a, b = student(chunk), teacher(chunk)
+        same += int((a.argmax(1) == b.argmax(1)).sum())
+        positions += a[:, 0].numel()
+        signal += float(b.double().square().sum())
+        noise += float((a.double() - b.double()).square().sum())
+    return {
+        "top1_agreement": 100 * same / max(positions, 1),
+        "snr": min(signal_to_noise(signal, noise), 999.0),
+        "num_images": len(images),
+    }
+
+
+@torch.no_grad()
+def unit_signal_to_noise(
+    teacher: fx.GraphModule, student: fx.GraphModule, units: Sequence[Unit], images: Tensor
+) -> dict[str, float]:
+    """Signal-to-noise in decibels at the output of every unit, both networks run from the images on.
+
+    Args:
+        teacher: captured network.
+        student: made from it by `attach`.
+        units: of the teacher.
+        images: (N, C, H, W), normalised.
+    """
+    image_name = next(n.name for n in teacher.graph.nodes if n.op == "placeholder")
+    names = list(dict.fromkeys(name for unit in units for name in unit.outputs))
+    parts = [extract(model, [image_name], names) for model in (teacher, student)]
+    signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for start in range(0, len(images), CHUNK):
+        chunk = images[start : start + CHUNK]
+        for name, wanted, got in zip(names, *(part(chunk) for part in parts), strict=True):
+            signal[name] += float(wanted.double().square().sum())
+            noise[name] += float((wanted.double() - got.double()).square().sum())
+    return {
+        unit.name: min(
+            signal_to_noise(sum(signal[n] for n in unit.outputs), sum(noise[n] for n in unit.outputs)), 999.0
+        )
+        for unit in units
+        if not math.isnan(sum(noise[n] for n in unit.outputs))
+    }

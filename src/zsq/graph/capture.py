@@ -1,0 +1,253 @@
+"""Capture a model as a graph of ATen operations that shares the model's own parameters."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from zsq.errors import UsageError
+
+aten = torch.ops.aten
+# Operations that are the identity on a model in eval mode, with the position of the tensor they pass through.
+IDENTITIES: frozenset[Any] = frozenset(
+    {
+        aten.dropout.default,
+        aten.feature_dropout.default,
+        aten.alpha_dropout.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.lift_fresh_copy.default,
+    }
+)
+LAYERS: dict[Any, int] = {  # operation -> axis of its weight that counts output channels
+    aten.conv1d.default: 0,
+    aten.conv2d.default: 0,
+    aten.conv3d.default: 0,
+    aten.conv1d.padding: 0,
+    aten.conv2d.padding: 0,
+    aten.conv3d.padding: 0,
+    aten.conv_transpose1d.default: 1,
+    aten.conv_transpose2d.input: 1,
+    aten.conv_transpose3d.input: 1,
+    aten.linear.default: 0,
+}
+
+
+def capture(module: nn.Module, input_size: tuple[int, int, int]) -> fx.GraphModule:
+    """Record what `module` computes in eval mode, for any batch size.
+
+    The result has one placeholder (images, (N, C, H, W)), holds the module's own tensors (no copies), no
+    operation that writes in place and no dropout; everything that does not depend on the images is computed
+    once. Its output is that of the module, with dictionaries and nested tuples flattened to one tuple.
+
+    Args:
+        module: any network of one image tensor.
+        input_size: (C, H, W).
+
+    Raises:
+        UsageError: torch.export cannot follow the module, or its graph does not compute what the module does.
+
+    Source: torch.export (training IR, no decompositions).
+    """
+    module = module.eval()
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    example = torch.zeros(2, *input_size, device=device)
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
+        graph_module = program.module(check_guards=False)
+    except Exception as error:  # torch.export raises dozens of unrelated classes
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UsageError(
+            f"torch.export cannot capture this model with a variable batch size and input {input_size}: {reason} "
+            "zsq needs a forward without branches on tensor values; try a scripted-free, plain version of it."
+        ) from error
+    graph_module = _flat_signature(graph_module)
+    _remove_in_place(graph_module)
+    _remove_identities(graph_module)
+    _fold_constants(graph_module)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    _check(
+        graph_module,
+        module,
+        torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0)).to(device),
+    )
+    return graph_module
+
+
+def weight_node(node: fx.Node) -> fx.Node | None:
+    """The get_attr node of a convolution's or linear layer's weight; None for any other node."""
+    if node.op != "call_function" or node.target not in LAYERS:
+        return None
+    weight = node.args[1]
+    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
+def layer_name(node: fx.Node) -> str:
+    """Name of a weighted node: that of its weight without the last part, `layer1.0.conv1`."""
+    weight = weight_node(node)
+    if weight is None:
+        raise ValueError(f"{node.name} has no weight")
+    return str(weight.target).rpartition(".")[0] or str(weight.target)
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted name of the module whose forward wrote this node; "" for the outermost one."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def activations(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes whose value depends on the images, in order, without shapes (SymInt) and the output."""
+    depends: set[fx.Node] = set()
+    found = []
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        if node.op == "placeholder" or any(a in depends for a in node.all_input_nodes):
+            value = node.meta.get("val")
+            if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int)):
+                depends.add(node)
+                found.append(node)
+    return found
+
+
+def output_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that the graph returns."""
+    return list(next(n for n in graph.nodes if n.op == "output").all_input_nodes)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's tensors live (of the first one; cpu if it has none)."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def get_tensor(module: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer at a dotted name."""
+    value = operator.attrgetter(name)(module)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is not a tensor")
+    return value
+
+
+def _flat_signature(exported: fx.GraphModule) -> fx.GraphModule:
+    """Replace the pytree calling convention of torch.export by one tensor in, a tensor or a flat tuple out."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    if len(placeholders) != 1:
+        raise UsageError(
+            f"The model takes {len(placeholders)} inputs; zsq needs a model of one image tensor."
+        )
+    result: Any = None
+    for node in exported.graph.nodes:
+        if node.op == "output":
+            leaves = [leaf for leaf in pytree.tree_leaves(node.args[0]) if leaf is not None]
+            mapped = [values[leaf] for leaf in leaves if isinstance(leaf, fx.Node)]
+            if not mapped:
+                raise UsageError("The model returns no tensor.")
+            result = mapped[0] if len(mapped) == 1 else tuple(mapped)
+        else:
+            values[node] = graph.node_copy(node, lambda n: values[n])
+    graph.output(result)
+    graph.set_codegen(CodeGen())
+    return fx.GraphModule(exported, graph, "Captured")
+
+
+def _remove_in_place(graph_module: fx.GraphModule) -> None:
+    """Turn `add_`, `relu_` and so on into `add`, `relu`; later readers of the overwritten tensor read the result."""
+    graph = graph_module.graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        target = node.target
+        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+            continue
+        if not target._schema.is_mutable or not target._schema.name.endswith("_"):
+            continue
+        packet = getattr(aten, target._schema.name.split("::")[1][:-1], None)
+        overload = getattr(packet, target._overloadname, None)
+        overwritten = node.args[0]
+        if overload is None or not isinstance(overwritten, fx.Node):
+            raise UsageError(
+                f"The model writes in place with {target}, which zsq cannot turn into a pure operation."
+            )
+        node.target = overload
+        for user in list(overwritten.users):
+            if order[user] > order[node]:
+                user.replace_input_with(overwritten, node)
+
+
+def _remove_identities(graph_module: fx.GraphModule) -> None:
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        source = node.args[0] if node.args else None
+        noop = node.target in IDENTITIES or (
+            node.target is aten.slice.Tensor
+            and isinstance(source, fx.Node)
+            and getattr(node.meta.get("val"), "shape", 0) == getattr(source.meta.get("val"), "shape", 1)
+        )
+        if noop and isinstance(source, fx.Node):
+            node.replace_all_uses_with(source)
+            graph_module.graph.erase_node(node)
+        elif not node.users and node.target not in (operator.getitem,):
+            graph_module.graph.erase_node(node)  # assertions on metadata and the like
+
+
+def _fold_constants(graph_module: fx.GraphModule) -> None:
+    """Compute what depends on parameters only (standardised weights, position tables) and keep it as a buffer."""
+    graph = graph_module.graph
+    varying = set(activations(graph))
+    known: dict[fx.Node, Tensor] = {}
+    for node in list(graph.nodes):
+        if node in varying or node.op == "output":
+            continue
+        if node.op == "get_attr":
+            known[node] = get_tensor(graph_module, str(node.target))
+        elif node.op == "call_function" and all(a in known for a in node.all_input_nodes):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
+            with torch.no_grad():
+                value = node.target(*args, **kwargs)
+            if isinstance(value, Tensor):
+                known[node] = value
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node in known and any(u not in known for u in node.users):
+            name = f"constant_{node.name}"
+            if "weight" in node.name or any(u.target in LAYERS and u.args[1] is node for u in node.users):
+                name += ".weight"
+                graph_module.add_submodule(name.rpartition(".")[0], nn.Module())
+                graph_module.get_submodule(name.rpartition(".")[0]).register_buffer(
+                    "weight", known[node].detach()
+                )
+            else:
+                graph_module.register_buffer(name, known[node].detach())
+            with graph.inserting_before(node):
+                constant = graph.get_attr(name)
+            constant.meta = dict(node.meta)
+            node.replace_all_uses_with(constant)
+    graph.eliminate_dead_code()
+
+
+def _check(graph_module: fx.GraphModule, module: nn.Module, images: Tensor) -> None:
+    """Refuse a graph that does not compute what the module computes (an aliasing write, a frozen batch size)."""
+    with torch.no_grad():
+        try:
+            expected = [t for t in pytree.tree_leaves(module(images)) if isinstance(t, Tensor)]
+            got = pytree.tree_leaves(graph_module(images))
+        except Exception as error:
+            raise UsageError(f"The captured model fails at another batch size: {error}") from error
+    same = len(got) == len(expected) and all(
+        a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4, equal_nan=True)
+        for a, b in zip(got, expected, strict=True)
+    )
+    if not same:
+        raise UsageError(
+            "The captured graph does not compute what the model computes (it may overwrite a tensor that it reads "
+            "later, or depend on the batch size). Write the forward without in-place operations on views."
+        )

@@ -1,0 +1,120 @@
+"""Write a graph of ATen operations as JSON and rebuild it, without executing anything that a file brings."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._ops import OpOverload
+
+from zsq.errors import JobError, UsageError
+
+SIZE_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    f"operator.{name}": getattr(operator, name)
+    for name in ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg")
+}
+NAMED = {torch.dtype: "dtype", torch.layout: "layout", torch.memory_format: "memory_format"}
+
+
+def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
+    """One dictionary a node: op, name, target, args, kwargs; call_function targets are ATen operations.
+
+    Raises:
+        JobError: an operation outside ATen and size arithmetic, which a file cannot name safely.
+    """
+    return [
+        {
+            "op": node.op,
+            "name": node.name,
+            "target": _target_name(node),
+            "args": [_encode(a) for a in node.args],
+            "kwargs": {k: _encode(v) for k, v in node.kwargs.items()},
+        }
+        for node in graph.nodes
+    ]
+
+
+def graph_from_json(nodes: list[dict[str, Any]], root: nn.Module, class_name: str) -> fx.GraphModule:
+    """Rebuild what `graph_to_json` wrote, on the tensors and submodules of `root`.
+
+    Raises:
+        UsageError: the description is damaged or names something that is not an ATen operation.
+    """
+    graph = fx.Graph()
+    values: dict[str, fx.Node] = {}
+    try:
+        for entry in nodes:
+            op, name = entry["op"], entry["name"]
+            args = tuple(_decode(a, values) for a in entry["args"])
+            kwargs = {k: _decode(v, values) for k, v in entry["kwargs"].items()}
+            if op == "output":
+                graph.output(args[0])
+                continue
+            if op not in ("placeholder", "get_attr", "call_module", "call_function"):
+                raise ValueError(f"unknown kind of node {op!r}")
+            target = _function(entry["target"]) if op == "call_function" else str(entry["target"])
+            values[name] = graph.create_node(op, target, args, kwargs, name)
+        graph.lint()
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UsageError(
+            f"The graph in this file is damaged or from another version of zsq: {error}"
+        ) from error
+    return fx.GraphModule(root, graph, class_name)
+
+
+def _target_name(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return str(node.target)
+    if isinstance(node.target, OpOverload) and node.target.namespace == "aten":
+        return str(node.target)
+    for name, function in SIZE_ARITHMETIC.items():
+        if node.target is function:
+            return name
+    raise JobError(
+        f"The model uses the operation {node.target}, which is outside PyTorch's ATen set and cannot be saved. "
+        "Replace it by built-in tensor operations."
+    )
+
+
+def _function(name: str) -> Callable[..., Any]:
+    if name in SIZE_ARITHMETIC:
+        return SIZE_ARITHMETIC[name]
+    namespace, packet, overload = name.split(".")
+    found = getattr(getattr(torch.ops.aten, packet), overload) if namespace == "aten" else None
+    if not isinstance(found, OpOverload):
+        raise ValueError(f"{name} is not an ATen operation")
+    return found
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, (list, tuple)):
+        return [_encode(v) for v in value]
+    if isinstance(value, (bool, int, float, str)) or value is None:
+        return value
+    if isinstance(value, torch.device):
+        return {"device": value.type}
+    for kind, key in NAMED.items():
+        if isinstance(value, kind):
+            return {key: str(value).removeprefix("torch.")}
+    raise JobError(
+        f"The model's graph has an argument of type {type(value).__name__}, which cannot be saved."
+    )
+
+
+def _decode(value: Any, values: dict[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(v, values) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((key, name),) = value.items()
+    if key == "node":
+        return values[name]
+    if key == "device":
+        return torch.device(name)
+    for kind, label in NAMED.items():
+        if key == label and isinstance(getattr(torch, name), kind):
+            return getattr(torch, name)
+    raise ValueError(f"unknown argument {value}")

@@ -1,0 +1,65 @@
+"""Settings of image synthesis."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from zsq.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthesis:
+    """Images from a small generator whose inputs are trained with it, one generator a batch.
+
+    Attributes:
+        num_images: how many.
+        batch_size: images that are optimised together; their joint statistics are matched.
+        steps: optimizer steps a batch.
+        latent_size: length of a latent vector.
+        lr_latent: Adam, latents, at the start.
+        lr_generator: Adam, generator, at the start.
+        generator_decay: factor of `lr_generator`, applied every `generator_decay_interval` steps.
+        generator_decay_interval: see `generator_decay`.
+        plateau_factor: factor of `lr_latent` when the loss has not fallen for `plateau_patience` steps.
+        plateau_patience: see `plateau_factor`.
+        lr_latent_min: `lr_latent` never falls below it.
+        schedule_steps: the two waiting times above are meant for this many steps and shrink in proportion when
+            `steps` is smaller; 0 takes them as they are.
+        swing: shift the input of every strided convolution by up to one pixel, at random, in every step.
+        bn_weight: factor of the distance to the BatchNorm statistics.
+        image_weight: factor of the distance of each image to mean 0 and deviation 1.
+        precision: of convolutions and matrix products; statistics, images and parameters are always float32.
+    """
+
+    num_images: int = 1024
+    batch_size: int = 128
+    steps: int = 4000
+    latent_size: int = 256
+    lr_latent: float = 0.1
+    lr_generator: float = 0.01
+    generator_decay: float = 0.95
+    generator_decay_interval: int = 100
+    plateau_factor: float = 0.1
+    plateau_patience: int = 100
+    lr_latent_min: float = 1e-4
+    schedule_steps: int = 4000
+    swing: bool = True
+    bn_weight: float = 1.0
+    image_weight: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < 2:
+                raise UsageError(
+                    f"synthesis.{name} is {getattr(self, name)}. Expected at least 2: images are made so that their "
+                    "joint statistics are right."
+                )
+        for name in ("steps", "latent_size", "generator_decay_interval"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"synthesis.{name} is {getattr(self, name)}. Expected at least 1.")
+        if not 0 < self.plateau_factor < 1:
+            raise UsageError(
+                f"synthesis.plateau_factor is {self.plateau_factor}. Expected a number between 0 and 1."
+            )
+        if self.precision not in ("float32", "bfloat16"):
+            raise UsageError(f"synthesis.precision is {self.precision!r}. Expected float32 or bfloat16.")

@@ -1,0 +1,199 @@
+"""Synthesise images: train latents and a generator until the teacher's statistics are met, batch by batch."""
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from zsq.errors import JobError
+from zsq.graph.capture import device_of
+from zsq.images.forward import observe
+from zsq.images.losses import BatchNormStatistics, InputStatistics
+from zsq.images.settings import Synthesis
+from zsq.images.sources import LatentGenerator
+from zsq.images.views import draw_shifts, swing
+from zsq.rng import rng_for
+
+LOGS_A_BATCH = 20
+SMALLEST_BATCH = 8  # statistics of fewer images are too noisy to match
+PLATEAU_THRESHOLD = 1e-4  # relative fall of the loss that counts as progress
+
+Finished = MutableMapping[str, dict[str, Tensor]]
+Log = Callable[[str, int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of synthetic images and what they were made from.
+
+    Attributes:
+        images: (N, C, H, W), normalised, float32, on the teacher's device; `generator(latents)`.
+        latents: (N, latent_size).
+        generator: trained for these latents.
+    """
+
+    images: Tensor
+    latents: Tensor
+    generator: LatentGenerator
+
+
+def synthesize(
+    teacher: fx.GraphModule,
+    settings: Synthesis,
+    input_size: tuple[int, int, int],
+    *,
+    seed: int,
+    finished: Finished,
+    log: Log,
+) -> Tensor:
+    """Images in batches that know nothing of one another; each has its own stream of `seed`.
+
+    Args:
+        teacher: captured network with its BatchNorm layers, on the device to compute on; untouched.
+        settings: how many, and how.
+        input_size: (C, H, W) of the teacher's images.
+        seed: batch k draws from the stream ("synthesis", k), so batches can be made in any order.
+        finished: {"images": ...} of finished batches by name; those found there are taken over, others are added.
+        log: called as log(batch name, step, steps, values) a few times a batch.
+
+    Returns:
+        (num_images, C, H, W), normalised, float32, on the CPU.
+
+    Raises:
+        UsageError: the teacher has no BatchNorm.
+        JobError: the optimisation diverged.
+    """
+    batches = []
+    for index, num_images in enumerate(batch_sizes(settings.num_images, settings.batch_size)):
+        name = f"batch-{index:03d}"
+        if name not in finished:
+            batch = synthesize_batch(
+                teacher,
+                settings,
+                input_size,
+                num_images,
+                rng=rng_for(seed, "synthesis", index),
+                log=lambda step, values, name=name: log(name, step, settings.steps, values),  # type: ignore[misc]
+            )
+            finished[name] = {"images": batch.images.cpu()}
+        batches.append(finished[name]["images"])
+    return torch.cat(batches)
+
+
+def synthesize_batch(
+    teacher: fx.GraphModule,
+    settings: Synthesis,
+    input_size: tuple[int, int, int],
+    num_images: int,
+    *,
+    rng: torch.Generator,
+    log: Callable[[int, dict[str, float]], None],
+) -> Batch:
+    """Train latents and a fresh generator together so that the teacher's BatchNorm statistics are reproduced.
+
+    Loss: sum over BatchNorm layers of `bn_statistics_distance` + `InputStatistics`, each with its weight. The images
+    are those of the latents and the generator after the last step.
+
+    Args:
+        teacher: captured network with its BatchNorm layers, on the device to compute on; untouched.
+        settings: of the recipe; `num_images` and `batch_size` are not read.
+        input_size: (C, H, W) of the teacher's images.
+        num_images: images of this batch.
+        rng: on the CPU; draws latents, parameters of the generator and shifts, in this order.
+        log: called as log(step, values) about 20 times; only then the host waits for the device.
+
+    Raises:
+        UsageError: the teacher has no BatchNorm.
+        JobError: the optimisation diverged.
+
+    Source: GENIE-D (arXiv:2212.04780), learning rates as its code applies them (latents 0.1, generator 0.01).
+    """
+    device = device_of(teacher)
+    view, num_swinging = swing(teacher)
+    observer = observe(view)
+    bn_statistics, input_statistics = BatchNormStatistics(), InputStatistics()
+    latents = torch.randn(num_images, settings.latent_size, generator=rng).to(device).requires_grad_()
+    generator = LatentGenerator(input_size, latent_size=settings.latent_size, rng=rng).to(device)
+    parameters = [latents, *generator.parameters()]
+    patience, interval = schedule(settings)
+    plateau = Plateau(settings.lr_latent, settings, patience=patience, device=device)
+    optimizer = torch.optim.Adam(
+        [
+            {"params": parameters[:1], "lr": plateau.lr},  # read anew in every step
+            {"params": parameters[1:], "lr": settings.lr_generator},
+        ],
+        fused=True,
+    )
+    reduced = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
+    log_every = max(1, settings.steps // LOGS_A_BATCH)
+    still = [[0, 0]] * num_swinging
+    for step in range(settings.steps):
+        shifts = draw_shifts(num_swinging, rng) if settings.swing else still
+        with reduced:
+            images = generator(latents)
+            forward = observer(images.contiguous(memory_format=torch.channels_last), shifts)
+        bn_loss, image_loss = bn_statistics(forward), input_statistics(forward)
+        loss = settings.bn_weight * bn_loss + settings.image_weight * image_loss
+        optimizer.zero_grad()
+        loss.backward(inputs=parameters)
+        optimizer.step()
+        plateau.step(loss.detach())
+        if (step + 1) % interval == 0:
+            optimizer.param_groups[1]["lr"] *= settings.generator_decay
+        if step % log_every == 0 or step == settings.steps - 1:
+            log(step, {"loss": float(loss), "bn": float(bn_loss), "image": float(image_loss)})
+    with torch.no_grad(), reduced:
+        images = generator(latents)
+    if not images.isfinite().all():
+        raise JobError(
+            f"The synthesis of images diverged (learning rates {settings.lr_latent} and {settings.lr_generator}, "
+            f"precision {settings.precision}). Try a smaller synthesis.lr_latent, or synthesis.precision=float32."
+        )
+    return Batch(images.contiguous(), latents.detach(), generator.requires_grad_(False))
+
+
+class Plateau:
+    """A learning rate that falls when the loss stops falling, kept on the device so that no step waits for it.
+
+    The rule of `torch.optim.lr_scheduler.ReduceLROnPlateau` (mode "min", relative threshold, no cooldown).
+
+    Attributes:
+        lr: the learning rate, a scalar tensor that `step` overwrites.
+    """
+
+    def __init__(self, lr: float, settings: Synthesis, *, patience: int, device: torch.device) -> None:
+        self._factor, self._min, self._patience = settings.plateau_factor, settings.lr_latent_min, patience
+        self.lr = torch.tensor(lr, device=device)
+        self._best = torch.tensor(torch.inf, device=device)
+        self._waited = torch.zeros((), device=device)
+
+    def step(self, loss: Tensor) -> None:
+        """Take notice of the loss (scalar, detached) of one optimizer step."""
+        better = loss < self._best * (1 - PLATEAU_THRESHOLD)
+        self._best = torch.where(better, loss, self._best)
+        self._waited = torch.where(better, 0.0, self._waited + 1)
+        reduce = self._waited > self._patience
+        lower = torch.minimum(self.lr, (self.lr * self._factor).clamp(min=self._min))
+        self.lr.copy_(torch.where(reduce, lower, self.lr))
+        self._waited = torch.where(reduce, 0.0, self._waited)
+
+
+def schedule(settings: Synthesis) -> tuple[int, int]:
+    """Patience of the latents' learning rate and decay interval of the generator's, in steps.
+
+    As set if there are at least `schedule_steps` steps, else in proportion: both learning rates then end where
+    they end in the long run.
+    """
+    share = min(1.0, settings.steps / settings.schedule_steps) if settings.schedule_steps else 1.0
+    patience, interval = settings.plateau_patience, settings.generator_decay_interval
+    return max(1, round(patience * share)), max(1, round(interval * share))
+
+
+def batch_sizes(num_images: int, batch_size: int) -> tuple[int, ...]:
+    """Full batches and one of what remains; sizes as equal as possible if the last would be too small."""
+    full, rest = divmod(num_images, batch_size)
+    if not full or rest == 0 or rest >= min(SMALLEST_BATCH, batch_size):
+        return (batch_size,) * full + ((rest,) if rest else ())
+    count = full + 1
+    return tuple(num_images // count + (index < num_images % count) for index in range(count))

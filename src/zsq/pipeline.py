@@ -1,0 +1,420 @@
+"""From a teacher to a low-bit student: the stages, top to bottom."""
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from zsq._version import __version__
+from zsq.budget import with_budget
+from zsq.errors import JobError, UsageError
+from zsq.evaluate import agreement, unit_signal_to_noise
+from zsq.graph.blocks import split
+from zsq.graph.capture import capture
+from zsq.graph.fold import fold_batch_norms
+from zsq.images.settings import Synthesis
+from zsq.images.synthesize import batch_sizes, synthesize
+from zsq.models import Teacher, load_model
+from zsq.progress import Callback, Progress, silent
+from zsq.quant.attach import attach
+from zsq.quant.scheme import parse_bits
+from zsq.recipe import GaussianNoise, GivenImages, Recipe, describe, with_overrides
+from zsq.recipes import get_recipe
+from zsq.recover.reconstruct import UnitResult, reconstruct
+from zsq.rng import derived_seed, rng_for
+from zsq.run import (
+    FORMAT,
+    METRICS,
+    STATE,
+    Run,
+    StateFolder,
+    claim_folder,
+    read_record,
+    write_images,
+    write_record,
+)
+from zsq.student import stored_bytes
+
+State = MutableMapping[str, dict[str, Tensor]]
+
+
+@dataclass
+class _Account:
+    """What a run keeps track of on the way: time by stage and logged steps."""
+
+    progress: Callback
+    timings: dict[str, float] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[stage] = round(self.timings.get(stage, 0.0) + time.perf_counter() - started, 3)
+
+    def __call__(self, event: Progress) -> None:
+        if event.values:
+            self.metrics.append(
+                {"stage": event.stage, "item": event.item, "done": event.done, **event.values}
+            )
+        self.progress(event)
+
+
+def compose_recipe(
+    recipe: str | Recipe,
+    *,
+    bits: str | None = None,
+    ends: str | None = None,
+    budget: str = "paper",
+    overrides: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """A recipe by name with bits, budget and single settings replaced, in this order.
+
+    Raises:
+        UsageError: an unknown name, bits, budget or setting.
+    """
+    found = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    if bits is not None or ends is not None:
+        scheme = found.scheme
+        scheme = parse_bits(bits or scheme.bits, ends=ends or scheme.ends)
+        found = replace(found, scheme=scheme)
+    return with_overrides(with_budget(found, budget), overrides or {})
+
+
+def quantize(
+    model: Teacher | str | Path,
+    *,
+    recipe: str | Recipe = "genie",
+    bits: str | None = None,
+    ends: str | None = None,
+    budget: str = "standard",
+    overrides: Mapping[str, Any] | None = None,
+    images: Tensor | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    out: str | Path | None = None,
+    force: bool = False,
+    progress: Callback = silent,
+    command: str | None = None,
+) -> Run:
+    """Quantize a model without its data.
+
+    Args:
+        model: a Teacher, or anything that `load_model` takes.
+        recipe: a name from `zsq recipes`, or a Recipe.
+        bits: "W4A4", "W4A8", "W2A4", "W8A8", "W4" ...; None keeps the recipe's.
+        ends: "8bit" or "same", see `Scheme`; None keeps the recipe's.
+        budget: "quick", "standard" or "paper".
+        overrides: single settings by dotted name, {"synthesis.steps": 500}.
+        images: (N, C, H, W), normalised; for recipes that use given images, and in place of others' synthesis.
+        seed: all randomness follows from it.
+        device: where to compute.
+        out: run folder to write; an interrupted run of the same call in it is continued.
+        force: replace a finished run in `out`.
+        progress: called with every step that is worth showing.
+        command: what to note as the command in run.json.
+
+    Raises:
+        UsageError: the call is wrong (nothing was written).
+        JobError: the job failed; what was finished in `out` is kept.
+    """
+    teacher = load_model(model)
+    settings = compose_recipe(recipe, bits=bits, ends=ends, budget=budget, overrides=overrides)
+    if images is not None:
+        settings = _with_given_images(settings, teacher, images)
+    elif isinstance(settings.synthesis, GivenImages):
+        raise UsageError(
+            f"The recipe {settings.name!r} needs images: give --images PATH (a folder, an npz or a zip), or take a "
+            "recipe that makes its own, such as genie."
+        )
+    target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("The device cuda was asked for, but PyTorch finds no CUDA device. Use --device cpu.")
+    identity = _identity(teacher, settings, images, seed, target)
+    folder = Path(out) if out is not None else None
+    state: State = {}
+    if folder is not None:
+        state = _open_state(folder, identity, force=force, command=command)
+    account = _Account(progress)
+    run = _run_stages(teacher, settings, images, seed, target, state, account)
+    run.record = {
+        "format": FORMAT,
+        "status": "done",
+        "command": command,
+        "budget": budget,
+        "overrides": dict(overrides or {}),
+        **identity,
+        "timings": account.timings,
+        "results": run.record,
+    }
+    run.metrics = account.metrics
+    if folder is not None:
+        run.write(folder)
+        shutil.rmtree(folder / STATE, ignore_errors=True)
+    return run
+
+
+def synthesize_images(
+    model: Teacher | str | Path,
+    *,
+    recipe: str | Recipe = "genie",
+    budget: str = "standard",
+    overrides: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    out: str | Path | None = None,
+    force: bool = False,
+    progress: Callback = silent,
+) -> Tensor:
+    """Only the images of a recipe: (N, C, H, W), normalised as the model's input; arguments as for `quantize`.
+
+    Raises:
+        UsageError: as for `quantize`, or a recipe that makes no images.
+    """
+    teacher = load_model(model)
+    settings = compose_recipe(recipe, budget=budget, overrides=overrides)
+    if isinstance(settings.synthesis, GivenImages):
+        raise UsageError(f"The recipe {settings.name!r} makes no images.")
+    target = torch.device(device)
+    state: State = {}
+    folder = Path(out) if out is not None else None
+    if folder is not None:
+        state = _open_state(
+            folder, _identity(teacher, settings, None, seed, target), force=force, command=None
+        )
+    graph = captured(teacher, target)
+    images = _make_images(graph, teacher, settings, None, seed, target, state, _Account(progress))
+    if folder is not None:
+        write_images(folder, images, teacher.spec)
+        (folder / "run.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / STATE, ignore_errors=True)
+    return images.cpu()
+
+
+def captured(teacher: Teacher, device: torch.device) -> fx.GraphModule:
+    """The teacher's graph on a device."""
+    import copy
+
+    module = teacher.module if device.type == "cpu" else copy.deepcopy(teacher.module).to(device)
+    return capture(module, teacher.spec.input_size)
+
+
+def _run_stages(
+    teacher: Teacher,
+    settings: Recipe,
+    given: Tensor | None,
+    seed: int,
+    device: torch.device,
+    state: State,
+    account: _Account,
+) -> Run:
+    with account.timed("capture"):
+        graph = captured(teacher, device)
+        units = split(graph.graph)
+    with account.timed("synthesize"):
+        images = _make_images(graph, teacher, settings, given, seed, device, state, account)
+    with account.timed("quantize"):
+        original = fold_batch_norms(graph)[0] if settings.fold_batch_norm else graph
+        if settings.fold_batch_norm:
+            units = split(original.graph)
+        student, quantizers = attach(original, settings.scheme)
+    with account.timed("reconstruct"):
+        steps = settings.reconstruction.steps if settings.reconstruction else 1
+        position = {unit.name: i for i, unit in enumerate(units)}
+
+        def log(unit: str, step: int, _: int, values: dict[str, float]) -> None:
+            done = position[unit] * steps + (step + 1 if step >= 0 else steps)
+            account(Progress("reconstruct", unit, done, len(units) * steps, values))
+
+        results = reconstruct(
+            original,
+            student,
+            quantizers,
+            units,
+            images,
+            settings=settings.reconstruction,
+            calibration=settings.calibration,
+            seed=seed,
+            finished=state,
+            log=log,
+        )
+    _refuse_nan(student, images)
+    with account.timed("holdout"):
+        holdout = _make_holdout(graph, teacher, settings, seed, state, account)
+        if holdout is not None:
+            holdout = holdout.to(device)
+        estimates = _estimates(original, student, units, images, holdout)
+    student = student.cpu()
+    sizes = stored_bytes(student)
+    record = {
+        "measured": {},
+        "estimated_without_data": estimates,
+        "units": [_unit_record(r) for r in results],
+        "bits": {
+            "weights": {n: int(student.get_submodule(q).bits) for n, q in quantizers.weights.items()},  # type: ignore[arg-type]
+            "activations": {n: int(student.get_submodule(q).bits) for n, q in quantizers.activations.items()},  # type: ignore[arg-type]
+        },
+        "size": {
+            "teacher_bytes": sum(t.numel() * t.element_size() for t in teacher.module.state_dict().values()),
+            "student_bytes": sum(sizes.values()),
+            "student_parts": sizes,
+        },
+    }
+    return Run(student=student, record=record, images=images.cpu(), spec=teacher.spec)
+
+
+def _make_images(
+    graph: fx.GraphModule,
+    teacher: Teacher,
+    settings: Recipe,
+    given: Tensor | None,
+    seed: int,
+    device: torch.device,
+    state: State,
+    account: _Account,
+) -> Tensor:
+    source = settings.synthesis
+    if isinstance(source, GivenImages):
+        assert given is not None
+        count = min(source.num_images, len(given)) if source.num_images else len(given)
+        chosen = torch.randperm(len(given), generator=rng_for(seed, "given"))[:count]
+        return given[chosen].to(device)
+    if isinstance(source, GaussianNoise):
+        shape = (source.num_images, *teacher.spec.input_size)
+        return torch.randn(shape, generator=rng_for(seed, "noise")).to(device)
+    return _synthesize(graph, source, teacher.spec.input_size, seed, state, account).to(device)
+
+
+def _synthesize(
+    graph: fx.GraphModule,
+    settings: Synthesis,
+    input_size: tuple[int, int, int],
+    seed: int,
+    state: State,
+    account: _Account,
+) -> Tensor:
+    sizes = batch_sizes(settings.num_images, settings.batch_size)
+
+    def log(batch: str, step: int, steps: int, values: dict[str, float]) -> None:
+        index = int(batch.rpartition("-")[2])
+        done = index * steps + step + 1
+        item = f"batch {index + 1} of {len(sizes)}"
+        account(Progress("synthesize", item, done, len(sizes) * steps, values))
+
+    return synthesize(graph, settings, input_size, seed=seed, finished=state, log=log)
+
+
+def _make_holdout(
+    graph: fx.GraphModule, teacher: Teacher, settings: Recipe, seed: int, state: State, account: _Account
+) -> Tensor | None:
+    """Images of a batch of their own, which nothing is calibrated on; None if the recipe makes no images."""
+    source = settings.synthesis
+    if not isinstance(source, Synthesis) or settings.num_holdout < 2:
+        return None
+    if "holdout" not in state:
+        alone = replace(source, num_images=settings.num_holdout)
+        own_seed = derived_seed(seed, "holdout")
+        state["holdout"] = {
+            "images": _synthesize(graph, alone, teacher.spec.input_size, own_seed, {}, account)
+        }
+    return state["holdout"]["images"]
+
+
+def _estimates(
+    teacher: fx.GraphModule, student: fx.GraphModule, units: Any, images: Tensor, holdout: Tensor | None
+) -> dict[str, Any]:
+    """What can be said without data: agreement on synthetic images. Never called accuracy."""
+    result: dict[str, Any] = {"note": "on synthetic images; this is agreement with the teacher, not accuracy"}
+    if holdout is not None:
+        result["holdout"] = agreement(student, teacher, holdout)
+        result["unit_snr"] = unit_signal_to_noise(teacher, student, units, holdout)
+    result["calibration_images"] = agreement(student, teacher, images)
+    return result
+
+
+def _unit_record(result: UnitResult) -> dict[str, Any]:
+    record = asdict(result)
+    return {k: min(v, 999.0) if isinstance(v, float) else v for k, v in record.items()}
+
+
+def _refuse_nan(student: fx.GraphModule, images: Tensor) -> None:
+    with torch.no_grad():
+        finite = bool(torch.isfinite(student(images[:8])).all())
+    if not finite:
+        raise JobError(
+            "The quantized model returns NaN or infinity on its own images. A learning rate may be too large "
+            "(--set reconstruction.lr_rounding=..., reconstruction.lr_weight_scale=...)."
+        )
+
+
+def _with_given_images(settings: Recipe, teacher: Teacher, images: Tensor) -> Recipe:
+    if images.ndim != 4 or tuple(images.shape[1:]) != teacher.spec.input_size or len(images) == 0:
+        raise UsageError(
+            f"The given images have shape {tuple(images.shape)}; the model takes (N, "
+            f"{', '.join(map(str, teacher.spec.input_size))})."
+        )
+    if isinstance(settings.synthesis, GivenImages):
+        return settings
+    return replace(settings, synthesis=GivenImages(num_images=0))
+
+
+def _identity(
+    teacher: Teacher, settings: Recipe, images: Tensor | None, seed: int, device: torch.device
+) -> dict[str, Any]:
+    """Everything that the resulting bits depend on; a folder is continued only by a run of the same identity."""
+    given = None
+    if images is not None:
+        given = hashlib.sha256(np.ascontiguousarray(images.float().cpu().numpy()).tobytes()).hexdigest()
+    identity = {
+        "bits": settings.scheme.bits,
+        "seed": seed,
+        "device": device.type,
+        "model": {
+            "name": teacher.name,
+            "source": asdict(teacher.source),
+            "sha256": teacher.sha256,
+            "spec": asdict(teacher.spec),
+            "parameters": sum(p.numel() for p in teacher.module.parameters()),
+        },
+        "given_images_sha256": given,
+        "recipe": describe(settings),
+        "versions": {
+            "zsq": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    result: dict[str, Any] = json.loads(json.dumps(identity))
+    return result
+
+
+def _open_state(folder: Path, identity: dict[str, Any], *, force: bool, command: str | None) -> State:
+    """The state of the run in `folder`: that of an interrupted run of the same identity, or a fresh one."""
+    if (folder / "run.json").is_file() and not force:
+        record = read_record(folder)
+        if record.get("status") == "running":
+            different = [key for key in identity if record.get(key) != identity[key]]
+            if not different:
+                return StateFolder(folder / STATE)
+            raise UsageError(
+                f"{folder} holds an unfinished run that differs in: {', '.join(different)}. Nothing was changed. "
+                f"Continue it with its own command ({record.get('command')}), choose another --out, or replace it "
+                "with --force."
+            )
+    claim_folder(folder, force=force)
+    (folder / METRICS).unlink(missing_ok=True)
+    write_record(folder, {"format": FORMAT, "status": "running", "command": command, **identity})
+    return StateFolder(folder / STATE)

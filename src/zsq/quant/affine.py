@@ -1,0 +1,205 @@
+"""Affine quantization: real x <-> integer code, x ~ scale * (code - zero_point). Pure functions.
+
+One rounding everywhere: divide by the scale, round half to even, add the zero point, clip to [qmin, qmax], as
+`torch.fake_quantize_*` and ONNX QuantizeLinear do. Papers that clip first and round then mean the same
+numbers: the limits are integers and rounding is monotone, so both orders agree on every input.
+
+Codes and zero points are integer-valued tensors of the dtype of `x`, so that one function serves training,
+inference and packing. Use float32 or float64; half precision cannot hold x / scale to a fraction of a step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MIN_BITS, MAX_BITS = 2, 8
+
+MIN_SCALE = 1e-12
+"""Smallest scale that is ever chosen, activation or weight units. A constant zero gets it (and code = zero
+point); anything too small for it rounds to zero. Far below useful scales, and 1 / MIN_SCALE stays finite."""
+
+
+def integer_limits(bits: int, signed: bool) -> tuple[int, int]:
+    """Smallest and largest code (qmin, qmax): 0 .. 2^bits - 1, or -2^(bits-1) .. 2^(bits-1) - 1 if signed.
+
+    Raises:
+        ValueError: `bits` is not one of 2..8.
+    """
+    if bits not in range(MIN_BITS, MAX_BITS + 1):
+        raise ValueError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def choose_qparams(lo: Tensor, hi: Tensor, *, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point with which the codes qmin..qmax cover the real range [lo, hi].
+
+    Symmetric: zero point 0; with qmin < 0 the range is [-m, m], m = max(|lo|, |hi|), and both of its ends are
+    representable (the code -2^(bits-1) lies one step beyond); with qmin = 0 it is [0, hi], and values
+    below 0 will be clipped. Asymmetric: the range is widened to include 0, which gets an exact code; as the
+    zero point is rounded, an end may lie up to half a step beyond the outermost level.
+
+    Args:
+        lo, hi: ends of the range, any one shape, real units.
+        qmin, qmax: integer limits, qmin <= 0 < qmax.
+        symmetric: which of the two forms.
+
+    Returns:
+        scale >= MIN_SCALE, and zero_point, integer-valued in [qmin, qmax]; shape and dtype of `lo`.
+
+    Raises:
+        ValueError: lo > hi, NaN or infinity in the range, or limits without 0.
+    """
+    if not qmin <= 0 < qmax:
+        raise ValueError(f"the codes must include 0: expected qmin <= 0 < qmax, got {qmin} and {qmax}")
+    if symmetric and qmin < 0:
+        scale = torch.maximum(lo.abs(), hi.abs()) / min(-qmin, qmax)
+    elif symmetric:
+        scale = hi.clamp(min=0) / qmax
+    else:
+        scale = (hi.clamp(min=0) - lo.clamp(max=0)) / (qmax - qmin)
+    if not bool(((lo <= hi) & torch.isfinite(scale)).all()):
+        raise ValueError(f"range must be finite with lo <= hi, got lo {_brief(lo)} and hi {_brief(hi)}")
+    scale = scale.clamp(min=MIN_SCALE)
+    if symmetric:
+        return scale, torch.zeros_like(scale)
+    return scale, (qmin - lo.clamp(max=0) / scale).round_().clamp_(qmin, qmax)
+
+
+def along_axis(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """View `values` so that it broadcasts against `x`: (C,) along `axis`, or a scalar if `axis` is None.
+
+    Raises:
+        ValueError: `values` does not have that shape.
+    """
+    expected = () if axis is None else (x.shape[axis],)
+    if values.shape != expected:
+        raise ValueError(
+            f"for shape {tuple(x.shape)} and axis={axis}, scale and zero point must have shape {expected}, "
+            f"got {tuple(values.shape)}"
+        )
+    if axis is None:
+        return values
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return values.view(shape)
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, *, qmin: int, qmax: int, axis: int | None = None
+) -> Tensor:
+    """Codes clip(round(x / scale) + zero_point, qmin, qmax), half to even; integer-valued, shape of `x`.
+
+    Args:
+        x: any shape, real units.
+        scale, zero_point: scalars (axis None), or (C,) with one entry for each index along `axis`.
+        qmin, qmax: integer limits.
+        axis: channel axis of `x`, or None for one scale per tensor.
+
+    Raises:
+        ValueError: scale or zero point does not fit `x` and `axis`.
+    """
+    scale, zero_point = along_axis(scale, x, axis), along_axis(zero_point, x, axis)
+    return (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, *, axis: int | None = None) -> Tensor:
+    """Real values scale * (codes - zero_point), shape of `codes` (integer or float dtype), dtype of `scale`.
+
+    Args: as for `quantize`.
+
+    Raises:
+        ValueError: scale or zero point does not fit `codes` and `axis`.
+    """
+    scale, zero_point = along_axis(scale, codes, axis), along_axis(zero_point, codes, axis)
+    return (codes.to(scale.dtype) - zero_point).mul_(scale)
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, *, qmin: int, qmax: int, axis: int | None = None
+) -> Tensor:
+    """The real values that the codes of `x` stand for: quantize, then dequantize; arguments as there.
+
+    As plain arithmetic its gradient with respect to `x` is zero; `fake_quantize_learned` has a useful one.
+    """
+    scale, zero_point = along_axis(scale, x, axis), along_axis(zero_point, x, axis)
+    # In place: one temporary of the size of x. (Clipping by tensors would save two passes and cost six.)
+    return (x / scale).round_().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point).mul_(scale)
+
+
+def fake_quantize_learned(
+    x: Tensor, scale: Tensor, zero_point: Tensor, *, qmin: int, qmax: int, keep: Tensor | None = None
+) -> Tensor:
+    """`fake_quantize` per tensor, same bits, with gradients for `x` and `scale` (LSQ).
+
+    With v = x / scale, and "inside" meaning qmin - zero_point <= v <= qmax - zero_point (before rounding):
+    d/dx is 1 inside, 0 outside; d/dscale, summed over elements, is round(v) - v inside, qmin - zero_point
+    below and qmax - zero_point above. LSQ's factor on the scale's gradient is left to the learning rate.
+    Of the tensors as large as `x`, only `x` itself is kept for the backward pass.
+
+    Args:
+        x: activations, any shape.
+        scale: scalar > 0; the caller keeps it positive during training.
+        zero_point: scalar, integer-valued, gets no gradient.
+        qmin, qmax: integer limits.
+        keep: int32, shape of `x`: -1 where the value passes as it is (gradient 1 for x, 0 for the scale), 0
+            where it is quantized; `x` must then be float32. None quantizes all.
+
+    Raises:
+        ValueError: scale or zero point is not a scalar.
+
+    Source: Esser et al., Learned Step Size Quantization, ICLR 2020, equations 2, 3 and 5.
+    """
+    return _learned_step(x, scale, zero_point, qmin, qmax, keep)
+
+
+class _LearnedStep(torch.autograd.Function):
+    """Closed-form LSQ; its backward is linear in the incoming gradient and can be differentiated by it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, keep: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point, keep)
+        ctx.limits = qmin, qmax
+        result = fake_quantize(x, scale, zero_point, qmin=qmin, qmax=qmax)
+        if keep is not None:
+            _where_kept(result, x.contiguous(), keep)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        x, scale, zero_point, keep = ctx.saved_tensors
+        qmin, qmax = ctx.limits
+        with torch.no_grad():  # in place and without bool where possible: both are dear on a CPU
+            v = x / scale
+            clipped = v.clamp_min(qmin - zero_point).clamp_max_(qmax - zero_point)
+            inside = v.eq_(clipped)  # 1.0 or 0.0
+            residual = None
+            if ctx.needs_input_grad[1]:
+                # Inside round(v) - v; outside the limit itself, which is already an integer.
+                residual = clipped.round().addcmul_(inside, clipped, value=-1)
+            if keep is not None:
+                _where_kept(inside, torch.ones((), device=x.device), keep)
+                if residual is not None:
+                    _where_kept(residual, torch.zeros((), device=x.device), keep)
+        grad_x = grad * inside
+        if residual is None:
+            return grad_x, None, None, None, None, None
+        return grad_x, residual.mul_(grad).sum(), None, None, None, None
+
+
+def _where_kept(result: Tensor, value: Tensor, keep: Tensor) -> None:
+    """Overwrite `result` by `value` where `keep` is -1, by blending bits; float32."""
+    bits, value_bits = result.view(torch.int32), value.view(torch.int32)
+    bits.bitwise_xor_(bits.bitwise_xor(value_bits).bitwise_and_(keep))
+
+
+_learned_step: Callable[..., Tensor] = _LearnedStep.apply
+
+
+def _brief(values: Tensor) -> str:
+    """At most four numbers of a tensor, for a message."""
+    shown = ", ".join(f"{value:g}" for value in values.flatten()[:4].tolist())
+    return shown if values.numel() <= 4 else f"{shown}, ... ({values.numel()} values)"

@@ -1,0 +1,121 @@
+"""Put quantizers on a copy of the teacher's graph, as the scheme says."""
+
+import copy
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from zsq.graph.capture import LAYERS, device_of, get_tensor, layer_name, weight_node
+from zsq.quant.quantizers import ActivationQuantizer, quantize_weight
+from zsq.quant.scheme import Placement, Scheme, place
+
+
+@dataclass(frozen=True)
+class Quantizers:
+    """Where the quantizers of a student are: dotted module names by graph node.
+
+    Attributes:
+        weights: weighted node -> WeightQuantizer.
+        activations: quantized tensor's node -> ActivationQuantizer.
+    """
+
+    weights: dict[str, str]
+    activations: dict[str, str]
+
+
+def attach(teacher: fx.GraphModule, scheme: Scheme) -> tuple[fx.GraphModule, Quantizers]:
+    """A student: the teacher's graph with its weights rounded to nearest and activation quantizers inserted.
+
+    The student shares nothing with the teacher. Its activation quantizers have no range yet (NaN): `calibrate`
+    or the reconstruction sets it. Every reader of a quantized tensor has a quantizer call of its own, all of one
+    module, so that each can draw its own drop mask.
+
+    Args:
+        teacher: a captured network.
+        scheme: bits and their placement.
+    """
+    placement = place(teacher.graph, scheme)
+    student = fx.GraphModule(_own_tensors(teacher), copy.deepcopy(teacher.graph), "Student")
+    quantizers = Quantizers(
+        weights=_attach_weights(student, placement), activations=_attach_activations(student, placement)
+    )
+    student.graph.eliminate_dead_code()
+    student.delete_all_unused_submodules()
+    _drop_unused_tensors(student)
+    student.graph.lint()
+    student.recompile()
+    student.requires_grad_(False)
+    return student.eval(), quantizers
+
+
+def _own_tensors(teacher: fx.GraphModule) -> nn.Module:
+    """A plain module tree with copies of the tensors that the graph reads, so that the teacher stays untouched."""
+    root = nn.Module()
+    for node in teacher.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        owner = root
+        *path, name = str(node.target).split(".")
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        if not hasattr(owner, name):
+            tensor = get_tensor(teacher, str(node.target)).detach().clone()
+            if isinstance(get_tensor(teacher, str(node.target)), nn.Parameter):
+                owner.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                owner.register_buffer(name, tensor)
+    return root
+
+
+def _attach_weights(student: fx.GraphModule, placement: Placement) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for node in list(student.graph.nodes):
+        weight = weight_node(node)
+        if weight is None:
+            continue
+        name = f"{layer_name(node)}.weight_quantizer"
+        while name in names.values():  # a weight that several layers share
+            name += "_again"
+        quantizer = quantize_weight(
+            get_tensor(student, str(weight.target)),
+            bits=placement.weights[node.name],
+            axis=LAYERS[node.target],
+        )
+        student.add_submodule(name, quantizer)
+        with student.graph.inserting_before(node):
+            call = student.graph.call_module(name)
+        call.meta = dict(weight.meta)
+        node.update_arg(1, call)
+        names[node.name] = name
+    return names
+
+
+def _attach_activations(student: fx.GraphModule, placement: Placement) -> dict[str, str]:
+    by_name = {node.name: node for node in student.graph.nodes}
+    device = device_of(student)
+    names: dict[str, str] = {}
+    for tensor, bits in placement.activations.items():
+        source, name = by_name[tensor], f"activation_quantizers.{tensor}"
+        student.add_submodule(name, ActivationQuantizer(bits=bits).to(device))
+        for reader in placement.readers[tensor]:
+            with student.graph.inserting_before(by_name[reader]):
+                call = student.graph.call_module(name, (source,))
+            call.meta = dict(source.meta)
+            by_name[reader].replace_input_with(source, call)
+        names[tensor] = name
+    return names
+
+
+def _drop_unused_tensors(student: fx.GraphModule) -> None:
+    """Remove the float weights that a quantizer has replaced."""
+    used = {str(node.target) for node in student.graph.nodes if node.op == "get_attr"}
+    for module_name, module in student.named_modules():
+        if any(
+            f"{module_name}.".startswith(f"{n.target}.") for n in student.graph.nodes if n.op == "call_module"
+        ):
+            continue
+        for store in (module._parameters, module._buffers):
+            for name in [n for n in store if f"{module_name}.{n}".lstrip(".") not in used]:
+                del store[name]

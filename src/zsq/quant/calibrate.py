@@ -1,0 +1,71 @@
+"""Observe activations and set the ranges of their quantizers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zsq.quant.affine import choose_qparams
+from zsq.quant.quantizers import ActivationQuantizer
+from zsq.quant.ranges import error_minimising, minmax, percentile
+from zsq.recipe import Calibration
+
+
+def choose_activation_range(x: Tensor, *, bits: int, settings: Calibration) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (scalars; codes 0 .. 2^bits - 1) for values like those of `x`.
+
+    Symmetric settings give zero point 0 when no value is negative, else 2^(bits-1): the signed symmetric
+    quantizer in unsigned codes.
+    """
+    signed = bool((x < 0).any())
+    if settings.method == "error":
+        scale, zero_point = error_minimising(
+            x,
+            bits=bits,
+            signed=settings.symmetric and signed,
+            symmetric=settings.symmetric,
+            exponent=settings.exponent,
+        )
+    else:
+        lo, hi = minmax(x) if settings.method == "minmax" else percentile(x, settings.percentile)
+        shift = 2 ** (bits - 1) if settings.symmetric and signed else 0
+        scale, zero_point = choose_qparams(
+            lo, hi, qmin=-shift, qmax=2**bits - 1 - shift, symmetric=settings.symmetric
+        )
+    if settings.symmetric and signed:
+        zero_point = zero_point + 2 ** (bits - 1)
+    return scale, zero_point
+
+
+def calibrate(part: nn.Module, inputs: Sequence[Tensor], settings: Calibration) -> None:
+    """Run `part` once and set the range of every activation quantizer that it meets from what arrives there.
+
+    Quantizers that come later see the output of those before them, as in use.
+
+    Args:
+        part: a student or a unit of it.
+        inputs: its arguments; the first `settings.num_images` rows are used.
+    """
+    with _observing(part, settings), torch.no_grad():
+        part(*(x[: settings.num_images] for x in inputs))
+
+
+@contextmanager
+def _observing(part: nn.Module, settings: Calibration) -> Iterator[None]:
+    done: set[nn.Module] = set()
+
+    def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module not in done and isinstance(module, ActivationQuantizer):
+            module.set_range(*choose_activation_range(args[0], bits=module.bits, settings=settings))
+            done.add(module)
+
+    handles = [
+        m.register_forward_pre_hook(observe) for m in part.modules() if isinstance(m, ActivationQuantizer)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

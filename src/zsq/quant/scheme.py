@@ -1,0 +1,228 @@
+"""Which tensors get how many bits: the scheme that a user names, and its placement on a captured graph."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from zsq.errors import UsageError
+from zsq.graph.capture import activations, aten, weight_node
+
+ENDS = ("8bit", "same")
+# Operations that move values without changing them; zero padding adds zeros, which every quantizer represents.
+MOVES = frozenset(
+    {
+        aten.slice.Tensor,
+        aten.pad.default,
+        aten.constant_pad_nd.default,
+        aten.view.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.unsqueeze.default,
+        aten.contiguous.default,
+        aten.clone.default,
+    }
+)
+ADDITIONS = frozenset({aten.add.Tensor, aten.sub.Tensor})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """Bits of weights and activations.
+
+    Attributes:
+        weight_bits: 2..8.
+        activation_bits: 2..8, or None to leave activations in float.
+        ends: "8bit" (protocol P-B: first and last layer's weights, the second layer's and the last layer's input
+            have 8 bits) or "same" (protocol P-A: every quantizer has the scheme's bits). The images themselves
+            are not quantized in either: they come as 8-bit pixels.
+    """
+
+    weight_bits: int = 4
+    activation_bits: int | None = 4
+    ends: str = "8bit"
+
+    def __post_init__(self) -> None:
+        for bits in (self.weight_bits, self.activation_bits):
+            if bits is not None and not 2 <= bits <= 8:
+                raise UsageError(
+                    f"Bits must be between 2 and 8, got {bits}. Examples: W4A4, W4A8, W8A8, W2A4, W4."
+                )
+        if self.ends not in ENDS:
+            raise UsageError(f"ends must be one of {', '.join(ENDS)}, got {self.ends!r}.")
+
+    @property
+    def bits(self) -> str:
+        """The scheme as users write it: W4A4, or W4 when activations stay in float."""
+        return f"W{self.weight_bits}" + ("" if self.activation_bits is None else f"A{self.activation_bits}")
+
+
+def parse_bits(text: str, *, ends: str = "8bit") -> Scheme:
+    """Read W4A4, W4A8, W8A8, W2A4, W4 (weights only) ...; case does not matter.
+
+    Raises:
+        UsageError: anything else.
+    """
+    match = re.fullmatch(r"W(\d+)(?:A(\d+))?", text.strip().upper())
+    if match is None:
+        raise UsageError(
+            f"Bits must look like W4A4 (weights 4, activations 4) or W4 (weights only), got {text!r}. "
+            "Both numbers go from 2 to 8."
+        )
+    weight_bits, activation_bits = match.groups()
+    return Scheme(
+        weight_bits=int(weight_bits),
+        activation_bits=int(activation_bits) if activation_bits else None,
+        ends=ends,
+    )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where quantizers sit, by node name.
+
+    Attributes:
+        weights: bits of every weighted layer.
+        activations: bits of every quantized tensor.
+        readers: for every quantized tensor, the nodes that read it through its quantizer.
+    """
+
+    weights: dict[str, int]
+    activations: dict[str, int]
+    readers: dict[str, tuple[str, ...]]
+
+
+def place(graph: fx.Graph, scheme: Scheme) -> Placement:
+    """Decide from the graph which tensors are quantized, and to how many bits.
+
+    Quantized are the weights and the input of every convolution and linear layer but the first one's input (the
+    image), and identity shortcuts: operands of an addition that another operand is computed from through a layer.
+    All such readers of one tensor share its quantizer, also through slices, pads and reshapes; where they
+    want different bits, the larger number holds.
+
+    With ends="8bit", 8 bits go to: weights of layers that no layer precedes, weights and input of layers that no
+    layer follows, and tensors that only first layers precede (the second layer's input; BRECQ's convention).
+
+    Source: BRECQ and Genie (arXiv:2212.04780) as in their code; the sharing rule is Genie's.
+    """
+    nodes = activations(graph)
+    layers = [n for n in nodes if weight_node(n) is not None]
+    depth = _depths(nodes)
+    last = {n for n in layers if not _leads_to_layer(n)}
+    eight_bit_ends = scheme.ends == "8bit"
+    weights = {
+        n.name: 8 if eight_bit_ends and (depth[n] == 1 or n in last) else scheme.weight_bits for n in layers
+    }
+    wanted: dict[fx.Node, int] = {}
+    readers: dict[fx.Node, list[fx.Node]] = {}
+
+    def read(tensor: fx.Node, reader: fx.Node, bits: int) -> None:
+        source, reader = _through_moves(tensor, reader)
+        if depth[source] == 0:  # the image
+            return
+        if eight_bit_ends and depth[source] == 1:
+            bits = 8
+        wanted[source] = max(wanted.get(source, 0), bits)
+        if reader not in readers.setdefault(source, []):
+            readers[source].append(reader)
+
+    if scheme.activation_bits is not None:
+        for layer in layers:
+            source = layer.args[0]
+            assert isinstance(source, fx.Node)
+            read(source, layer, 8 if eight_bit_ends and layer in last else scheme.activation_bits)
+        for node, operand in _identity_shortcuts(nodes):
+            read(operand, node, scheme.activation_bits)
+    return Placement(
+        weights=weights,
+        activations={n.name: wanted[n] for n in nodes if n in wanted},
+        readers={n.name: tuple(r.name for r in readers[n]) for n in nodes if n in wanted},
+    )
+
+
+def _depths(nodes: list[fx.Node]) -> dict[fx.Node, int]:
+    """For every tensor, the largest number of layers on a path from the images to it (its own included)."""
+    depth: dict[fx.Node, int] = {}
+    for node in nodes:
+        before = max((depth[a] for a in node.all_input_nodes if a in depth), default=0)
+        depth[node] = before + (weight_node(node) is not None)
+    return depth
+
+
+def _leads_to_layer(node: fx.Node) -> bool:
+    seen, pending = {node}, list(node.users)
+    while pending:
+        user = pending.pop()
+        if user in seen:
+            continue
+        if weight_node(user) is not None:
+            return True
+        seen.add(user)
+        pending.extend(user.users)
+    return False
+
+
+def _through_moves(tensor: fx.Node, reader: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Go back over operations that only move values and serve this reader alone."""
+    while (
+        tensor.op == "call_function"
+        and tensor.target in MOVES
+        and len(tensor.users) == 1
+        and _zero_padded(tensor)
+    ):
+        source = tensor.args[0]
+        if not isinstance(source, fx.Node):
+            break
+        tensor, reader = source, tensor
+    return tensor, reader
+
+
+def _zero_padded(node: fx.Node) -> bool:
+    if node.target is aten.pad.default:
+        mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+        value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+        return mode != "constant" or value in (None, 0, 0.0)
+    if node.target is aten.constant_pad_nd.default:
+        return len(node.args) < 3 or node.args[2] in (0, 0.0)
+    return True
+
+
+def _identity_shortcuts(nodes: list[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+    """Pairs (addition, operand) in which another operand depends on the operand's tensor through a layer."""
+    found = []
+    for node in nodes:
+        if node.target not in ADDITIONS:
+            continue
+        operands = [
+            a for a in node.args[:2] if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.Tensor)
+        ]
+        if len(operands) != 2:
+            continue
+        for operand, other in (operands, operands[::-1]):
+            source, _ = _through_moves(operand, node)
+            if operand is not other and _depends_through_layer(other, source):
+                found.append((node, operand))
+    return found
+
+
+def _depends_through_layer(node: fx.Node, ancestor: fx.Node) -> bool:
+    seen: set[tuple[fx.Node, bool]] = set()
+    pending = [(node, False)]
+    while pending:
+        current, passed = pending.pop()
+        if current is ancestor:
+            if passed:
+                return True
+            continue
+        passed = passed or weight_node(current) is not None
+        for source in current.all_input_nodes:
+            if (source, passed) not in seen:
+                seen.add((source, passed))
+                pending.append((source, passed))
+    return False

@@ -1,0 +1,204 @@
+"""A recipe: one frozen dataclass for every stage, in pipeline order. A method from a paper is a composition."""
+
+import types
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+from zsq.errors import UsageError
+from zsq.images.settings import Synthesis
+from zsq.quant.scheme import Scheme
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianNoise:
+    """Images of independent standard normal pixels: the baseline that knows nothing of the model.
+
+    Attributes:
+        num_images: how many.
+    """
+
+    num_images: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenImages:
+    """Images that the user brings (`--images`): real ones as a reference, or any other set.
+
+    Attributes:
+        num_images: how many of them are used, drawn at random; 0 for all.
+    """
+
+    num_images: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How activation ranges are chosen before they are learned or frozen.
+
+    Attributes:
+        num_images: images observed, the first ones of the set.
+        method: "error" (least p-norm error of rounding), "minmax" or "percentile".
+        symmetric: zero point 0 (or mid-range if any value is negative); False: any zero point.
+        exponent: p of "error".
+        percentile: share of values that "percentile" keeps inside the range.
+    """
+
+    num_images: int = 32
+    method: str = "error"
+    symmetric: bool = True
+    exponent: float = 2.4
+    percentile: float = 0.999
+
+    def __post_init__(self) -> None:
+        if self.method not in ("error", "minmax", "percentile"):
+            raise UsageError(f"calibration.method must be error, minmax or percentile, got {self.method!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """Learn rounding and step sizes, unit by unit, against the teacher's outputs.
+
+    Attributes:
+        steps: optimizer steps a unit.
+        batch_size: images a step, drawn without replacement within a pass over the images.
+        lr_rounding: Adam, rounding logits, constant.
+        lr_weight_scale, lr_activation_scale: Adam, step sizes, cosine to 0.
+        drop_prob: probability that an element of a quantized activation keeps its float value (QDrop).
+        input_mix_prob: probability that an element of the unit's input comes from the teacher.
+        rounding_weight: factor of the rounding regulariser (a sum over weights).
+        warmup: share of the steps before the regulariser sets in.
+        beta_start, beta_end: exponent of the regulariser, linear between the end of the warm-up and the last step.
+    """
+
+    steps: int = 20000
+    batch_size: int = 32
+    lr_rounding: float = 1e-3
+    lr_weight_scale: float = 1e-4
+    lr_activation_scale: float = 4e-5
+    drop_prob: float = 0.5
+    input_mix_prob: float = 0.5
+    rounding_weight: float = 1.0
+    warmup: float = 0.2
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+
+
+Source = Synthesis | GaussianNoise | GivenImages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that a run does to a model, but for the bits.
+
+    Attributes:
+        name: as on the command line.
+        paper: title and where to find it.
+        fold_batch_norm: fold BatchNorm into the layer before it, on the student's copy, where it can be.
+        scheme: bits and their placement; `--bits` and `--ends` replace it.
+        synthesis: where the images come from.
+        num_holdout: images made besides, used for nothing but the agreement that is reported.
+        calibration: activation ranges.
+        reconstruction: None to keep rounding to nearest.
+    """
+
+    name: str
+    paper: str
+    fold_batch_norm: bool = False
+    scheme: Scheme = field(default_factory=Scheme)
+    synthesis: Source = field(default_factory=Synthesis)
+    num_holdout: int = 32
+    calibration: Calibration = field(default_factory=Calibration)
+    reconstruction: Reconstruction | None = field(default_factory=Reconstruction)
+
+
+def with_overrides(recipe: Recipe, overrides: typing.Mapping[str, str | int | float | bool | None]) -> Recipe:
+    """Replace fields by dotted name, e.g. {"synthesis.steps": 500}; texts are read as the field's type.
+
+    Raises:
+        UsageError: an unknown field, or a value that the field cannot take.
+    """
+    for name, value in overrides.items():
+        recipe = _replace(recipe, name.split("."), value, name)
+    return recipe
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested dictionaries that JSON can hold; a stage's kind is under "kind"."""
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, type):
+            body = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+            return body if isinstance(value, Recipe) else {"kind": type(value).__name__, **body}
+        return value
+
+    result: dict[str, Any] = plain(recipe)
+    return result
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """All settings by the dotted name that `--set` takes."""
+    found: dict[str, Any] = {}
+
+    def walk(value: Any, prefix: str) -> None:
+        for f in fields(value):
+            inner = getattr(value, f.name)
+            if is_dataclass(inner):
+                walk(inner, f"{prefix}{f.name}.")
+            else:
+                found[prefix + f.name] = inner
+
+    walk(recipe, "")
+    return found
+
+
+def _replace(target: T, path: list[str], value: Any, name: str) -> T:
+    known = {f.name: f for f in fields(target)}  # type: ignore[arg-type]
+    head, *rest = path
+    if head not in known or (not rest and is_dataclass(getattr(target, head))):
+        raise UsageError(
+            f"There is no setting {name!r}; at this place there are: {', '.join(sorted(known))}. "
+            "`zsq show RECIPE` lists all of them."
+        )
+    current = getattr(target, head)
+    if rest:
+        if not is_dataclass(current):
+            raise UsageError(f"Setting {name!r} is inside {head!r}, which this recipe does not use.")
+        new: Any = _replace(current, rest, value, name)
+    else:
+        new = _convert(value, typing.get_type_hints(type(target))[head], name)
+    return replace(target, **{head: new})  # type: ignore[type-var]
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    options = (
+        typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) else (hint,)
+    )
+    if typing.get_origin(hint) is typing.Literal:
+        if value in options:
+            return value
+        raise UsageError(f"Setting {name!r} is one of {', '.join(map(repr, options))}, got {value!r}.")
+    for option in options:
+        if option is type(None) and (value is None or value == "none"):
+            return None
+        if option is bool and str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        if option is str and isinstance(value, str):
+            return value
+        if option in (int, float) and not isinstance(value, bool):
+            try:
+                number = option(value)
+            except (TypeError, ValueError):
+                continue
+            if option is float or number == float(value):
+                return _in_range(number, name)
+    kinds = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    raise UsageError(f"Setting {name!r} needs a value of type {kinds}, got {value!r}.")
+
+
+def _in_range(number: float, name: str) -> float:
+    if number != number or number in (float("inf"), float("-inf")) or number < 0:
+        raise UsageError(f"Setting {name!r} must be a finite number that is not negative, got {number}.")
+    return number

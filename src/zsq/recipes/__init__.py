@@ -1,0 +1,21 @@
+"""The table of recipes."""
+
+from zsq.errors import UsageError
+from zsq.recipe import Recipe
+from zsq.recipes.baselines import GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST
+from zsq.recipes.genie import GENIE
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (GENIE, GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST)
+}
+
+
+def get_recipe(name: str) -> Recipe:
+    """A recipe by name.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    if name not in RECIPES:
+        raise UsageError(f"There is no recipe {name!r}. There are: {', '.join(RECIPES)}.")
+    return RECIPES[name]

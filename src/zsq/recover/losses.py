@@ -1,0 +1,29 @@
+"""Losses between a student's and a teacher's tensors."""
+
+import math
+
+from torch import Tensor
+
+
+def output_distance(output: Tensor, target: Tensor, *, channel_axis: int) -> Tensor:
+    """Squared error summed over channels, averaged over images and positions.
+
+    Args:
+        output: what the student's unit returns, (N, C, H, W), (N, T, C) or (N, C), activation units.
+        target: the teacher's, same shape.
+        channel_axis: which axis is summed.
+
+    Returns:
+        Scalar >= 0, activation units squared.
+
+    Source: BRECQ, QDrop and Genie (arXiv:2212.04780), reconstruction loss with p = 2 as in their code.
+    """
+    difference = output - target
+    return (difference * difference).sum() * (output.shape[channel_axis] / output.numel())
+
+
+def signal_to_noise(signal_energy: float, noise_energy: float) -> float:
+    """Ratio of energies in decibels, 10 log10(signal / noise); infinite when there is no noise."""
+    if noise_energy <= 0:
+        return math.inf
+    return 10 * math.log10(max(signal_energy, 1e-30) / noise_energy)

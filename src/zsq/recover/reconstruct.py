@@ -1,0 +1,238 @@
+"""Reconstruct a student unit by unit: learn roundings and step sizes so that units output what the teacher's do."""
+
+import math
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from zsq.graph.blocks import Unit, extract, last_readers
+from zsq.graph.capture import aten, get_tensor, weight_node
+from zsq.quant.affine import MIN_SCALE
+from zsq.quant.attach import Quantizers
+from zsq.quant.calibrate import calibrate
+from zsq.quant.dropping import dropping, mix
+from zsq.quant.quantizers import ActivationQuantizer, LearnedRounding
+from zsq.quant.rounding import rounding_regulariser
+from zsq.recipe import Calibration, Reconstruction
+from zsq.recover.losses import output_distance, signal_to_noise
+from zsq.rng import rng_for
+
+CHUNK = 64  # images a forward pass when caching
+Finished = MutableMapping[str, dict[str, Tensor]]
+Log = Callable[[str, int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What became of one unit: signal-to-noise of its output before and after learning, in decibels."""
+
+    name: str
+    layers: int
+    snr_nearest: float
+    snr: float
+
+
+def beta_at(step: int, settings: Reconstruction) -> float | None:
+    """Exponent of the rounding regulariser at a step (0-based); None during the warm-up.
+
+    Linear from `beta_start` at the end of the warm-up to `beta_end` at `steps`.
+    """
+    start = settings.warmup * settings.steps
+    if step < start:
+        return None
+    progress = (step - start) / (settings.steps - start)
+    return settings.beta_start + (settings.beta_end - settings.beta_start) * progress
+
+
+def minibatches(num_images: int, batch_size: int, rng: torch.Generator) -> Iterator[Tensor]:
+    """Endless index batches: every pass visits each image once; a short rest of a pass is dropped.
+
+    With fewer images than `batch_size`, every batch is all of them.
+    """
+    size = min(batch_size, num_images)
+    while True:
+        order = torch.randperm(num_images, generator=rng)
+        for start in range(0, num_images - size + 1, size):
+            yield order[start : start + size]
+
+
+def reconstruct(
+    teacher: fx.GraphModule,
+    student: fx.GraphModule,
+    quantizers: Quantizers,
+    units: Sequence[Unit],
+    images: Tensor,
+    *,
+    settings: Reconstruction | None,
+    calibration: Calibration,
+    seed: int,
+    finished: Finished,
+    log: Log,
+) -> list[UnitResult]:
+    """Calibrate and reconstruct all units in order; the student's quantizers are changed in place.
+
+    Args:
+        teacher: captured network; untouched.
+        student: from `attach`.
+        quantizers: from `attach`.
+        units: from `split`; each is calibrated on what the finished units before it give.
+        images: (N, C, H, W), normalised.
+        settings: None only calibrates.
+        calibration: first ranges of the activations.
+        seed: every unit has its own stream of it.
+        finished: state dicts of finished units by name; those found there are taken over, others are added.
+        log: called as log(unit name, step, steps, values).
+
+    Source: BRECQ (arXiv:2102.05426) for the units, QDrop (2203.05740) for the drops, Genie (2212.04780) for learning
+    rounding and scales together.
+    """
+    last = last_readers(units)
+    caches: list[dict[str, Tensor]] = [
+        {},
+        {},
+    ]  # the teacher's and the student's tensors that are still to be read
+    for cache in caches:
+        cache[next(n.name for n in teacher.graph.nodes if n.op == "placeholder")] = images
+    results = []
+    for index, unit in enumerate(units):
+        teacher_part = extract(teacher, unit.inputs, unit.outputs)
+        student_part = extract(student, unit.inputs, unit.outputs)
+        teacher_inputs, student_inputs = ([cache[name] for name in unit.inputs] for cache in caches)
+        targets = forward_in_chunks(teacher_part, teacher_inputs)
+        key = f"unit-{index:03d}"
+        done = finished.get(key)
+        owned = {name: q for name, q in _unit_quantizers(student_part, quantizers)}
+        if done is None:
+            calibrate(student_part, student_inputs, calibration)
+            snr_nearest = _snr(targets, forward_in_chunks(student_part, student_inputs))
+            if settings is not None:
+                _reconstruct_unit(
+                    teacher,
+                    student_part,
+                    [quantizers.weights[name] for name in unit.layers],
+                    {quantizers.weights[n.name]: n for n in teacher.graph.nodes if n.name in unit.layers},
+                    (teacher_inputs, student_inputs, targets),
+                    channel_axis=_channel_axis(teacher, unit),
+                    settings=settings,
+                    rng=rng_for(seed, "reconstruction", index),
+                    log=lambda step, values, name=unit.name: log(name, step, settings.steps, values),  # type: ignore[misc]
+                )
+                owned = {name: q for name, q in _unit_quantizers(student_part, quantizers)}
+        else:
+            snr_nearest = float(done["snr_nearest"])
+            for name, quantizer in owned.items():
+                quantizer.load_state_dict(
+                    {k.removeprefix(f"{name}."): v for k, v in done.items() if k.startswith(f"{name}.")}
+                )
+        for name, quantizer in owned.items():
+            student.set_submodule(name, quantizer)
+        outputs = forward_in_chunks(student_part, student_inputs)
+        result = UnitResult(unit.name, len(unit.layers), snr_nearest, _snr(targets, outputs))
+        results.append(result)
+        if done is None:
+            state = {f"{n}.{k}": v.clone() for n, q in owned.items() for k, v in q.state_dict().items()}
+            finished[key] = {**state, "snr_nearest": torch.tensor(snr_nearest)}
+        log(unit.name, -1, 0, {"snr": result.snr, "snr_nearest": snr_nearest})
+        for cache, values in zip(caches, (targets, outputs), strict=True):
+            cache.update(zip(unit.outputs, values, strict=True))
+            for name in [n for n in cache if last.get(n, -1) <= index]:
+                del cache[name]
+    return results
+
+
+def _unit_quantizers(part: nn.Module, quantizers: Quantizers) -> Iterator[tuple[str, nn.Module]]:
+    names = {*quantizers.weights.values(), *quantizers.activations.values()}
+    return ((name, module) for name, module in part.named_modules() if name in names)
+
+
+def _reconstruct_unit(
+    teacher: fx.GraphModule,
+    part: fx.GraphModule,
+    weight_quantizers: Sequence[str],
+    nodes: dict[str, fx.Node],
+    data: tuple[list[Tensor], list[Tensor], list[Tensor]],
+    *,
+    channel_axis: int,
+    settings: Reconstruction,
+    rng: torch.Generator,
+    log: Callable[[int, dict[str, float]], None],
+) -> None:
+    """The loop of one unit; at the end its weight quantizers are hard and nothing requires gradients."""
+    teacher_inputs, student_inputs, targets = data
+    learned: dict[str, LearnedRounding] = {}
+    for name in weight_quantizers:
+        weight = weight_node(nodes[name])
+        assert weight is not None
+        nearest: Any = part.get_submodule(name)
+        learned[name] = LearnedRounding(get_tensor(teacher, str(weight.target)), nearest)
+        part.set_submodule(name, learned[name])
+    activation_scales = [m.scale for m in part.modules() if isinstance(m, ActivationQuantizer)]
+    logits = [m.rounding_logits for m in learned.values()]
+    optimizer = torch.optim.Adam(
+        [
+            {"params": logits, "lr": settings.lr_rounding},
+            {"params": [m.scale for m in learned.values()], "lr": settings.lr_weight_scale},
+            {"params": activation_scales, "lr": settings.lr_activation_scale},
+        ],
+        fused=True,
+    )
+    for scale in activation_scales:
+        scale.requires_grad_(True)
+    device = targets[0].device
+    draw = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=rng)))
+    batches = minibatches(len(targets[0]), settings.batch_size, rng)
+    log_every = max(1, settings.steps // 10)
+    with dropping(part, settings.drop_prob, draw):
+        for step in range(settings.steps):
+            index = next(batches).to(device)
+            inputs = [
+                mix(s[index], t[index], settings.input_mix_prob, draw)
+                for s, t in zip(student_inputs, teacher_inputs, strict=True)
+            ]
+            cosine = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+            optimizer.param_groups[1]["lr"] = settings.lr_weight_scale * cosine
+            optimizer.param_groups[2]["lr"] = settings.lr_activation_scale * cosine
+            distance = torch.zeros((), device=device)
+            for output, target in zip(part(*inputs), targets, strict=True):
+                distance = distance + output_distance(output, target[index], channel_axis=channel_axis)
+            loss, beta = distance, beta_at(step, settings)
+            if beta is not None:
+                for values in logits:
+                    loss = loss + settings.rounding_weight * rounding_regulariser(values, beta)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                for scale in (*activation_scales, *(m.scale for m in learned.values())):
+                    scale.clamp_(min=MIN_SCALE)
+            if step % log_every == 0 or step == settings.steps - 1:
+                log(step, {"loss": float(loss.detach()), "reconstruction": float(distance.detach())})
+    for scale in activation_scales:
+        scale.requires_grad_(False)
+        scale.grad = None
+    for name, module in learned.items():
+        part.set_submodule(name, module.harden())
+
+
+@torch.no_grad()
+def forward_in_chunks(part: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs of a unit for all images, computed a few images at a time."""
+    pieces = [part(*(x[i : i + CHUNK] for x in inputs)) for i in range(0, len(inputs[0]), CHUNK)]
+    return [torch.cat(column) for column in zip(*pieces, strict=True)]
+
+
+def _snr(targets: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    signal = sum(float(t.double().square().sum()) for t in targets)
+    noise = sum(
+        float((t.double() - o.double()).square().sum()) for t, o in zip(targets, outputs, strict=True)
+    )
+    return signal_to_noise(signal, noise)
+
+
+def _channel_axis(teacher: fx.GraphModule, unit: Unit) -> int:
+    """Axis of channels in what the unit returns: the last one if its last layer is linear, else 1."""
+    layer = next(n for n in teacher.graph.nodes if n.name == unit.layers[-1])
+    return -1 if layer.target is aten.linear.default else 1

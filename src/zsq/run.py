@@ -1,0 +1,225 @@
+"""The run folder: what a run leaves behind, atomic writes, and the state from which a killed run goes on."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, fx
+
+from zsq.errors import JobError, UsageError
+from zsq.images.contact_sheet import contact_sheet
+from zsq.models import ModelSpec
+from zsq.student import student_from_file, student_to_bytes
+
+FORMAT = 1
+RECORD, STUDENT, IMAGES, SHEET, METRICS, STATE = (
+    "run.json",
+    "student.safetensors",
+    "images.safetensors",
+    "images.png",
+    "metrics.jsonl",
+    "state",
+)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that it is either the old one or the new one at any instant (temporary file, fsync, rename).
+
+    Raises:
+        JobError: the disk is full or the folder cannot be written.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise JobError(
+            f"{path} could not be written: {error.strerror}. What was finished before is kept; "
+            "free some space or choose another --out, then give the same command again."
+        ) from error
+
+
+class StateFolder(MutableMapping[str, dict[str, Tensor]]):
+    """Finished pieces of a run on disk, one safetensors file each; a damaged piece counts as not finished."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __getitem__(self, key: str) -> dict[str, Tensor]:
+        try:
+            return load_safetensors((self.path / f"{key}.safetensors").read_bytes())
+        except (OSError, SafetensorError) as error:
+            raise KeyError(key) from error
+
+    def __setitem__(self, key: str, tensors: dict[str, Tensor]) -> None:
+        plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+        write_atomic(self.path / f"{key}.safetensors", save_safetensors(plain))
+
+    def __delitem__(self, key: str) -> None:
+        (self.path / f"{key}.safetensors").unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(p.stem for p in self.path.glob("*.safetensors") if not p.name.startswith(".")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@dataclass
+class Run:
+    """A quantized model and the account of how it came about.
+
+    Attributes:
+        student: the quantized network, images (N, C, H, W) normalised -> logits; a plain module.
+        record: what run.json holds.
+        images: the synthetic images as the optimiser saw them, (N, C, H, W), normalised.
+        metrics: logged steps.
+        spec: how images must be prepared.
+    """
+
+    student: fx.GraphModule
+    record: dict[str, Any]
+    images: Tensor
+    spec: ModelSpec
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the run folder.
+
+        Raises:
+            UsageError: `path` holds something already and `force` is False.
+            JobError: it cannot be written.
+        """
+        folder = Path(path)
+        claim_folder(folder, force=force)
+        self.write(folder)
+        return folder
+
+    def write(self, folder: Path) -> None:
+        """Write all files; the record comes last, so that a folder with a finished record is complete."""
+        write_atomic(folder / STUDENT, student_to_bytes(self.student))
+        write_images(folder, self.images, self.spec)
+        write_atomic(folder / METRICS, "".join(json.dumps(line) + "\n" for line in self.metrics).encode())
+        write_record(folder, self.record)
+
+
+def write_images(folder: Path, images: Tensor, spec: ModelSpec) -> None:
+    """Write images.safetensors and the contact sheet images.png."""
+    write_atomic(folder / IMAGES, save_safetensors({"images": images.detach().cpu().contiguous().clone()}))
+    picture = io.BytesIO()
+    contact_sheet(images, spec).save(picture, format="PNG")
+    write_atomic(folder / SHEET, picture.getvalue())
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write run.json."""
+    write_atomic(folder / RECORD, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read run.json.
+
+    Raises:
+        UsageError: it is missing, damaged or of another version.
+    """
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{folder} is not a run folder: it has no {RECORD}.") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}). The run has to be made again.") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else None
+        raise UsageError(f"{path} has format {found!r}; this version of zsq reads format {FORMAT}.")
+    return record
+
+
+def load_run(path: str | Path) -> Run:
+    """Read a finished run folder back; the student gives the same logits, bit for bit.
+
+    Raises:
+        UsageError: not a run folder, not finished, damaged.
+    """
+    folder = Path(path)
+    record = read_record(folder)
+    if record.get("status") != "done":
+        raise UsageError(
+            f"The run in {folder} is not finished. The command that began it continues it: {record.get('command')}"
+        )
+    try:
+        spec = _spec_from_json(record["model"]["spec"])
+        images = load_safetensors((folder / IMAGES).read_bytes())["images"]
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        metrics = [json.loads(line) for line in lines]
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise UsageError(f"The run folder {folder} is incomplete or damaged: {error}") from error
+    return Run(student_from_file(folder / STUDENT), record, images, spec, metrics)
+
+
+def is_run_folder(path: str | Path) -> bool:
+    """Whether a folder holds a run.json."""
+    return (Path(path) / RECORD).is_file()
+
+
+def claim_folder(folder: Path, *, force: bool) -> None:
+    """Make an output folder, refusing to touch what is there; with `force` an earlier run in it is removed.
+
+    Raises:
+        UsageError: the folder holds something, or is a file, or (with `force`) something that is not a run.
+        JobError: it cannot be made.
+    """
+    if folder.is_file():
+        raise UsageError(f"The output folder {folder} is a file. Choose another --out.")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not force:
+            raise UsageError(
+                f"{folder} exists and is not empty; nothing in it was changed. Choose another --out, or give --force "
+                "to replace the run in it."
+            )
+        if not is_run_folder(folder):
+            raise UsageError(
+                f"{folder} is not a run folder, so --force does not replace it. Choose another --out."
+            )
+        for name in (RECORD, STUDENT, IMAGES, SHEET, METRICS):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / STATE, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JobError(f"The output folder {folder} cannot be made: {error.strerror}.") from error
+
+
+def _spec_from_json(values: dict[str, Any]) -> ModelSpec:
+    channels, height, width = values["input_size"]
+    return ModelSpec(
+        input_size=(channels, height, width),
+        mean=tuple(values["mean"]),
+        std=tuple(values["std"]),
+        crop_fraction=values["crop_fraction"],
+        interpolation=values["interpolation"],
+    )
