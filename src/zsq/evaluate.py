@@ -1,6 +1,5 @@
 """Measure a model: top-1 and top-5 on labelled images, agreement with the teacher, error per unit."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -72,20 +71,23 @@ def agreement(student: nn.Module, teacher: nn.Module, images: Tensor) -> dict[st
     """How far two models agree on unlabelled images. This is not an accuracy.
 
     Returns:
-        "top1_agreement": share of images, in percent, for which both name the same class (first axis 1);
-        "snr": signal-to-noise of the student's outputs, decibels; "num_images".
+        "top1_agreement": share of images (positions, for a map of classes), in percent, for which both name
+        the same class (axis 1), left out if there are no classes; "snr": signal-to-noise of the student's
+        outputs, decibels; "num_images".
     """
-    same, positions, signal, noise = 0, 0, 0.0, 0.0
+    same, positions, signal, noise, classes = 0, 0, 0.0, 0.0, 0
     for start in range(0, len(images), CHUNK):
         chunk = images[start : start + CHUNK]
         a, b = student(chunk), teacher(chunk)
-        same += int((a.argmax(1) == b.argmax(1)).sum())
-        positions += a[:, 0].numel()
+        classes = a.shape[1] if a.ndim > 1 else 1
+        if classes > 1:
+            same += int((a.argmax(1) == b.argmax(1)).sum())
+            positions += a.numel() // classes
         signal += float(b.double().square().sum())
         noise += float((a.double() - b.double()).square().sum())
     return {
-        "top1_agreement": 100 * same / max(positions, 1),
-        "snr": min(signal_to_noise(signal, noise), 999.0),
+        **({"top1_agreement": 100 * same / positions} if classes > 1 else {}),
+        "snr": signal_to_noise(signal, noise),
         "num_images": len(images),
     }
 
@@ -112,9 +114,6 @@ def unit_signal_to_noise(
             signal[name] += float(wanted.double().square().sum())
             noise[name] += float((wanted.double() - got.double()).square().sum())
     return {
-        unit.name: min(
-            signal_to_noise(sum(signal[n] for n in unit.outputs), sum(noise[n] for n in unit.outputs)), 999.0
-        )
+        unit.name: signal_to_noise(sum(signal[n] for n in unit.outputs), sum(noise[n] for n in unit.outputs))
         for unit in units
-        if not math.isnan(sum(noise[n] for n in unit.outputs))
     }

@@ -30,16 +30,18 @@ from zsq.quant.attach import attach
 from zsq.quant.scheme import parse_bits
 from zsq.recipe import GaussianNoise, GivenImages, Recipe, describe, with_overrides
 from zsq.recipes import get_recipe
-from zsq.recover.reconstruct import UnitResult, reconstruct
+from zsq.recover.reconstruct import reconstruct
 from zsq.rng import derived_seed, rng_for
 from zsq.run import (
     FORMAT,
-    METRICS,
+    RECORD,
     STATE,
     Run,
     StateFolder,
     claim_folder,
+    is_run_folder,
     read_record,
+    temporary_files,
     write_images,
     write_record,
 )
@@ -88,7 +90,7 @@ def compose_recipe(
     found = get_recipe(recipe) if isinstance(recipe, str) else recipe
     if bits is not None or ends is not None:
         scheme = found.scheme
-        scheme = parse_bits(bits or scheme.bits, ends=ends or scheme.ends)
+        scheme = parse_bits(scheme.bits if bits is None else bits, ends=scheme.ends if ends is None else ends)
         found = replace(found, scheme=scheme)
     return with_overrides(with_budget(found, budget), overrides or {})
 
@@ -118,7 +120,8 @@ def quantize(
         ends: "8bit" or "same", see `Scheme`; None keeps the recipe's.
         budget: "quick", "standard" or "paper".
         overrides: single settings by dotted name, {"synthesis.steps": 500}.
-        images: (N, C, H, W), normalised; for recipes that use given images, and in place of others' synthesis.
+        images: (N, C, H, W), normalised, float; for recipes that use given images, and in place of the
+            synthesis of others.
         seed: all randomness follows from it.
         device: where to compute.
         out: run folder to write; an interrupted run of the same call in it is continued.
@@ -134,15 +137,16 @@ def quantize(
     settings = compose_recipe(recipe, bits=bits, ends=ends, budget=budget, overrides=overrides)
     if images is not None:
         settings = _with_given_images(settings, teacher, images)
+        images = images.detach().float().cpu()
     elif isinstance(settings.synthesis, GivenImages):
         raise UsageError(
-            f"The recipe {settings.name!r} needs images: give --images PATH (a folder, an npz or a zip), or take a "
-            "recipe that makes its own, such as genie."
+            f"The recipe {settings.name!r} needs images: give --images PATH (a folder, an npz or a zip), or "
+            "take a recipe that makes its own, such as genie."
         )
     target = torch.device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("The device cuda was asked for, but PyTorch finds no CUDA device. Use --device cpu.")
-    identity = _identity(teacher, settings, images, seed, target)
+    identity = _identity("quantize", teacher, settings, images, seed, target)
     folder = Path(out) if out is not None else None
     state: State = {}
     if folder is not None:
@@ -178,7 +182,7 @@ def synthesize_images(
     force: bool = False,
     progress: Callback = silent,
 ) -> Tensor:
-    """Only the images of a recipe: (N, C, H, W), normalised as the model's input; arguments as for `quantize`.
+    """Only the images of a recipe: (N, C, H, W), normalised as the model's input; arguments as in `quantize`.
 
     Raises:
         UsageError: as for `quantize`, or a recipe that makes no images.
@@ -191,15 +195,14 @@ def synthesize_images(
     state: State = {}
     folder = Path(out) if out is not None else None
     if folder is not None:
-        state = _open_state(
-            folder, _identity(teacher, settings, None, seed, target), force=force, command=None
-        )
+        identity = _identity("synthesize", teacher, settings, None, seed, target)
+        state = _open_state(folder, identity, force=force, command=None)
     graph = captured(teacher, target)
     images = _make_images(graph, teacher, settings, None, seed, target, state, _Account(progress))
     if folder is not None:
         write_images(folder, images, teacher.spec)
-        (folder / "run.json").unlink(missing_ok=True)
         shutil.rmtree(folder / STATE, ignore_errors=True)
+        (folder / RECORD).unlink(missing_ok=True)
     return images.cpu()
 
 
@@ -261,7 +264,7 @@ def _run_stages(
     record = {
         "measured": {},
         "estimated_without_data": estimates,
-        "units": [_unit_record(r) for r in results],
+        "units": [asdict(result) for result in results],
         "bits": {
             "weights": {n: int(student.get_submodule(q).bits) for n, q in quantizers.weights.items()},  # type: ignore[arg-type]
             "activations": {n: int(student.get_submodule(q).bits) for n, q in quantizers.activations.items()},  # type: ignore[arg-type]
@@ -344,11 +347,6 @@ def _estimates(
     return result
 
 
-def _unit_record(result: UnitResult) -> dict[str, Any]:
-    record = asdict(result)
-    return {k: min(v, 999.0) if isinstance(v, float) else v for k, v in record.items()}
-
-
 def _refuse_nan(student: fx.GraphModule, images: Tensor) -> None:
     with torch.no_grad():
         finite = bool(torch.isfinite(student(images[:8])).all())
@@ -365,19 +363,26 @@ def _with_given_images(settings: Recipe, teacher: Teacher, images: Tensor) -> Re
             f"The given images have shape {tuple(images.shape)}; the model takes (N, "
             f"{', '.join(map(str, teacher.spec.input_size))})."
         )
+    if not images.is_floating_point() or not bool(images.isfinite().all()):
+        raise UsageError(
+            f"The given images (of type {str(images.dtype).removeprefix('torch.')}) are integers or hold NaN "
+            "or infinity. Expected finite floating-point numbers, normalised as the model's input: "
+            "(pixel - mean) / std for pixels in [0, 1]."
+        )
     if isinstance(settings.synthesis, GivenImages):
         return settings
     return replace(settings, synthesis=GivenImages(num_images=0))
 
 
 def _identity(
-    teacher: Teacher, settings: Recipe, images: Tensor | None, seed: int, device: torch.device
+    job: str, teacher: Teacher, settings: Recipe, images: Tensor | None, seed: int, device: torch.device
 ) -> dict[str, Any]:
-    """Everything that the resulting bits depend on; a folder is continued only by a run of the same identity."""
+    """Everything that the resulting bits depend on; only a run of the same identity continues a folder."""
     given = None
     if images is not None:
-        given = hashlib.sha256(np.ascontiguousarray(images.float().cpu().numpy()).tobytes()).hexdigest()
+        given = hashlib.sha256(np.ascontiguousarray(images.numpy()).tobytes()).hexdigest()
     identity = {
+        "job": job,
         "bits": settings.scheme.bits,
         "seed": seed,
         "device": device.type,
@@ -403,18 +408,26 @@ def _identity(
 
 def _open_state(folder: Path, identity: dict[str, Any], *, force: bool, command: str | None) -> State:
     """The state of the run in `folder`: that of an interrupted run of the same identity, or a fresh one."""
-    if (folder / "run.json").is_file() and not force:
-        record = read_record(folder)
-        if record.get("status") == "running":
-            different = [key for key in identity if record.get(key) != identity[key]]
-            if not different:
-                return StateFolder(folder / STATE)
+    record: dict[str, Any] = {}
+    if is_run_folder(folder):
+        try:
+            record = read_record(folder)
+        except UsageError:
+            if not force:
+                raise
+    if record.get("status") == "running":
+        different = [key for key in identity if record.get(key) != identity[key]]
+        if not different:  # also with `force`: the command that is continued may have had it
+            for path in temporary_files(folder):
+                path.unlink(missing_ok=True)
+            return StateFolder(folder / STATE)
+        if not force:
+            own = f" ({record['command']})" if record.get("command") else ""
             raise UsageError(
-                f"{folder} holds an unfinished run that differs in: {', '.join(different)}. Nothing was changed. "
-                f"Continue it with its own command ({record.get('command')}), choose another --out, or replace it "
-                "with --force."
+                f"{folder} holds an unfinished run that differs in: {', '.join(different)}. Nothing was "
+                f"changed. Continue it with its own call{own}, choose another --out, or replace it with "
+                "--force."
             )
     claim_folder(folder, force=force)
-    (folder / METRICS).unlink(missing_ok=True)
     write_record(folder, {"format": FORMAT, "status": "running", "command": command, **identity})
     return StateFolder(folder / STATE)

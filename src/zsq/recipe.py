@@ -1,4 +1,4 @@
-"""A recipe: one frozen dataclass for every stage, in pipeline order. A method from a paper is a composition."""
+"""A recipe: one frozen dataclass for every stage, in pipeline order. A paper's method is a composition."""
 
 import types
 import typing
@@ -21,6 +21,9 @@ class GaussianNoise:
     """
 
     num_images: int = 1024
+
+    def __post_init__(self) -> None:
+        _at_least(1, synthesis_num_images=self.num_images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,13 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.method not in ("error", "minmax", "percentile"):
             raise UsageError(f"calibration.method must be error, minmax or percentile, got {self.method!r}.")
+        _at_least(1, calibration_num_images=self.num_images)
+        if self.exponent <= 0:
+            raise UsageError(f"calibration.exponent must be above 0, got {self.exponent}.")
+        if not 0.5 < self.percentile <= 1:
+            raise UsageError(
+                f"calibration.percentile must be above 0.5 and at most 1, got {self.percentile}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +80,8 @@ class Reconstruction:
         input_mix_prob: probability that an element of the unit's input comes from the teacher.
         rounding_weight: factor of the rounding regulariser (a sum over weights).
         warmup: share of the steps before the regulariser sets in.
-        beta_start, beta_end: exponent of the regulariser, linear between the end of the warm-up and the last step.
+        beta_start, beta_end: exponent of the regulariser, linear between the end of the warm-up and the last
+            step; at least 1.
     """
 
     steps: int = 20000
@@ -84,6 +95,13 @@ class Reconstruction:
     warmup: float = 0.2
     beta_start: float = 20.0
     beta_end: float = 2.0
+
+    def __post_init__(self) -> None:
+        _at_least(1, reconstruction_steps=self.steps, reconstruction_batch_size=self.batch_size)
+        _at_least(1, reconstruction_beta_start=self.beta_start, reconstruction_beta_end=self.beta_end)
+        for name in ("drop_prob", "input_mix_prob", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"reconstruction.{name} must be between 0 and 1, got {getattr(self, name)}.")
 
 
 Source = Synthesis | GaussianNoise | GivenImages
@@ -164,8 +182,10 @@ def _replace(target: T, path: list[str], value: Any, name: str) -> T:
         )
     current = getattr(target, head)
     if rest:
-        if not is_dataclass(current):
+        if current is None:
             raise UsageError(f"Setting {name!r} is inside {head!r}, which this recipe does not use.")
+        if not is_dataclass(current):
+            raise UsageError(f"There is no setting {name!r}: {head!r} is a single value, {current!r}.")
         new: Any = _replace(current, rest, value, name)
     else:
         new = _convert(value, typing.get_type_hints(type(target))[head], name)
@@ -190,9 +210,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if option in (int, float) and not isinstance(value, bool):
             try:
                 number = option(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
-            if option is float or number == float(value):
+            if option is float or isinstance(value, (int, str)) or number == value:
                 return _in_range(number, name)
     kinds = " or ".join(getattr(o, "__name__", str(o)) for o in options)
     raise UsageError(f"Setting {name!r} needs a value of type {kinds}, got {value!r}.")
@@ -202,3 +222,10 @@ def _in_range(number: float, name: str) -> float:
     if number != number or number in (float("inf"), float("-inf")) or number < 0:
         raise UsageError(f"Setting {name!r} must be a finite number that is not negative, got {number}.")
     return number
+
+
+def _at_least(lowest: int, **values: float) -> None:
+    """Check settings given as stage_name=value."""
+    for name, value in values.items():
+        if value < lowest:
+            raise UsageError(f"{name.replace('_', '.', 1)} must be at least {lowest}, got {value}.")

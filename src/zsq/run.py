@@ -1,8 +1,10 @@
 """The run folder: what a run leaves behind, atomic writes, and the state from which a killed run goes on."""
 
 import contextlib
+import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -33,7 +35,7 @@ RECORD, STUDENT, IMAGES, SHEET, METRICS, STATE = (
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the old one or the new one at any instant (temporary file, fsync, rename).
+    """Write a file so that at any instant it is the old one or the new one (temporary file, fsync, rename).
 
     Raises:
         JobError: the disk is full or the folder cannot be written.
@@ -53,40 +55,52 @@ def write_atomic(path: Path, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
+    except BaseException as error:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+        if not isinstance(error, OSError):
+            raise
         raise JobError(
-            f"{path} could not be written: {error.strerror}. What was finished before is kept; "
+            f"{path} could not be written: {error.strerror or error}. What was finished before is kept; "
             "free some space or choose another --out, then give the same command again."
         ) from error
 
 
 class StateFolder(MutableMapping[str, dict[str, Tensor]]):
-    """Finished pieces of a run on disk, one safetensors file each; a damaged piece counts as not finished."""
+    """Finished pieces of a run on disk, one file each; a damaged piece counts as not finished.
+
+    A file is a safetensors file followed by the SHA-256 of it (32 bytes).
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __getitem__(self, key: str) -> dict[str, Tensor]:
         try:
-            return load_safetensors((self.path / f"{key}.safetensors").read_bytes())
-        except (OSError, SafetensorError) as error:
+            content = self._file(key).read_bytes()
+        except OSError as error:
             raise KeyError(key) from error
+        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+            raise KeyError(key)
+        return load_safetensors(content[:-32])
 
     def __setitem__(self, key: str, tensors: dict[str, Tensor]) -> None:
         plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-        write_atomic(self.path / f"{key}.safetensors", save_safetensors(plain))
+        content = save_safetensors(plain)
+        write_atomic(self._file(key), content + hashlib.sha256(content).digest())
 
     def __delitem__(self, key: str) -> None:
-        (self.path / f"{key}.safetensors").unlink()
+        self._file(key).unlink()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(p.stem for p in self.path.glob("*.safetensors") if not p.name.startswith(".")))
+        return iter(sorted(p.stem for p in self.path.glob("*.piece") if not p.name.startswith(".")))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def _file(self, key: str) -> Path:
+        return self.path / f"{key}.piece"
 
 
 @dataclass
@@ -123,7 +137,7 @@ class Run:
         """Write all files; the record comes last, so that a folder with a finished record is complete."""
         write_atomic(folder / STUDENT, student_to_bytes(self.student))
         write_images(folder, self.images, self.spec)
-        write_atomic(folder / METRICS, "".join(json.dumps(line) + "\n" for line in self.metrics).encode())
+        write_atomic(folder / METRICS, _json_lines(self.metrics))
         write_record(folder, self.record)
 
 
@@ -151,7 +165,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"{folder} is not a run folder: it has no {RECORD}.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read ({error}). The run has to be made again.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else None
@@ -169,15 +183,16 @@ def load_run(path: str | Path) -> Run:
     record = read_record(folder)
     if record.get("status") != "done":
         raise UsageError(
-            f"The run in {folder} is not finished. The command that began it continues it: {record.get('command')}"
+            f"The run in {folder} is not finished. The call that began it continues it"
+            + (f": {record['command']}" if record.get("command") else ".")
         )
     try:
         spec = _spec_from_json(record["model"]["spec"])
         images = load_safetensors((folder / IMAGES).read_bytes())["images"]
         lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise UsageError(f"The run folder {folder} is incomplete or damaged: {error}") from error
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+        raise UsageError(f"The run folder {folder} is incomplete or damaged: {error}.") from error
     return Run(student_from_file(folder / STUDENT), record, images, spec, metrics)
 
 
@@ -189,29 +204,52 @@ def is_run_folder(path: str | Path) -> bool:
 def claim_folder(folder: Path, *, force: bool) -> None:
     """Make an output folder, refusing to touch what is there; with `force` an earlier run in it is removed.
 
+    What a killed write left behind (temporary files) does not count as being there.
+
     Raises:
-        UsageError: the folder holds something, or is a file, or (with `force`) something that is not a run.
-        JobError: it cannot be made.
+        UsageError: the folder holds something, or is a file, or (with `force`) something that is not ours.
+        JobError: it cannot be made or emptied.
     """
     if folder.is_file():
         raise UsageError(f"The output folder {folder} is a file. Choose another --out.")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not force:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        leftovers = temporary_files(folder)
+        found = {path.name for path in folder.iterdir() if path not in leftovers}
+        if found and not force:
             raise UsageError(
-                f"{folder} exists and is not empty; nothing in it was changed. Choose another --out, or give --force "
-                "to replace the run in it."
+                f"{folder} exists and is not empty; nothing in it was changed. Choose another --out, or give "
+                "--force to replace the run in it."
             )
-        if not is_run_folder(folder):
+        if found and RECORD not in found and not found <= {IMAGES, SHEET}:
             raise UsageError(
                 f"{folder} is not a run folder, so --force does not replace it. Choose another --out."
             )
-        for name in (RECORD, STUDENT, IMAGES, SHEET, METRICS):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / STATE, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if STATE in found:
+            shutil.rmtree(folder / STATE)
+        # The record last: until then it is a run folder.
+        for path in (*leftovers, *(folder / name for name in (STUDENT, IMAGES, SHEET, METRICS, RECORD))):
+            path.unlink(missing_ok=True)
     except OSError as error:
-        raise JobError(f"The output folder {folder} cannot be made: {error.strerror}.") from error
+        raise JobError(
+            f"The output folder {folder} cannot be used: {error.strerror or error}. Choose another --out."
+        ) from error
+
+
+def temporary_files(folder: Path) -> list[Path]:
+    """The temporary files that killed writes left in a run folder."""
+    names = (RECORD, STUDENT, IMAGES, SHEET, METRICS)
+    return [path for name in names for path in folder.glob(f".{name}.????????")]
+
+
+def _json_lines(metrics: list[dict[str, Any]]) -> bytes:
+    """One line a logged step; what JSON has no number for (NaN, infinity) becomes null."""
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    lines = [{key: plain(value) for key, value in line.items()} for line in metrics]
+    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
 
 
 def _spec_from_json(values: dict[str, Any]) -> ModelSpec:

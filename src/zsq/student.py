@@ -1,7 +1,9 @@
-"""The quantized model as one file: packed integer codes, scales, zero points, what stayed in float, and the graph."""
+"""The quantized model as one file: packed integer codes, scales, zero points, float tensors, the graph."""
 
 import json
+import re
 import struct
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,28 @@ from torch import Tensor, fx, nn
 from zsq.errors import UsageError
 from zsq.graph.capture import get_tensor
 from zsq.graph.serialize import graph_from_json, graph_to_json
+from zsq.quant.affine import along_axis, integer_limits
 from zsq.quant.packing import pack, unpack
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 
 FORMAT = 1
+FILE_OPERATIONS = ("aten.from_file.", "aten.save.")
+_DAMAGE = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 
 
 def student_to_bytes(student: fx.GraphModule) -> bytes:
     """A safetensors file: codes packed at their true width, scales, zero points, the rest in float.
 
-    The header's metadata holds the graph and each quantizer's bits, so that the file alone gives the model back.
+    The header's metadata holds the graph and each quantizer's bits, so that the file alone gives the model.
     """
     tensors: dict[str, Tensor] = {}
     quantizers: dict[str, dict[str, Any]] = {}
@@ -72,7 +86,9 @@ def student_from_file(path: Path) -> fx.GraphModule:
         tensors = load_safetensors(content)
         (header_size,) = struct.unpack("<Q", content[:8])
         metadata = json.loads(json.loads(content[8 : 8 + header_size])["__metadata__"]["zsq"])
-    except (SafetensorError, KeyError, ValueError, struct.error) as error:
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is no dictionary")
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, struct.error) as error:
         raise UsageError(
             f"{path} is not a quantized model that zsq wrote, or it is damaged ({error}). "
             "Quantize again, or copy the file from where it was written."
@@ -93,19 +109,42 @@ def student_from_file(path: Path) -> fx.GraphModule:
                 module.register_parameter(leaf, nn.Parameter(tensors[name], requires_grad=False))
             else:
                 module.register_buffer(leaf, tensors[name])
+        _refuse_code(metadata["graph"])
         student = graph_from_json(metadata["graph"], root, "Student")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise error if isinstance(error, UsageError) else UsageError(f"{path} is damaged: {error}") from error
+    except _DAMAGE as error:
+        raise UsageError(
+            f"{path} is damaged: {error}. Quantize again, or copy the file from where it was written."
+        ) from error
     return student.eval()
+
+
+def _refuse_code(nodes: list[dict[str, Any]]) -> None:
+    """Refuse names that would become Python code in the forward that torch.fx writes, and operations on files.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for node in nodes:
+        op, target = node["op"], node["target"]
+        names = [*node["kwargs"], *([target] if op == "placeholder" else [])]
+        if any(not name.isidentifier() or iskeyword(name) for name in names):
+            raise ValueError(f"{names} are not the names of arguments")
+        if op in ("get_attr", "call_module") and re.search(r"[^\w.-]", target):
+            raise ValueError(f"{target!r} is not the name of a tensor or module")
+        if op == "call_function" and target.startswith(FILE_OPERATIONS):
+            raise ValueError(f"{target} works on files")
 
 
 def _quantizer(name: str, about: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     scale, zero_point = tensors[f"{name}.scale"], tensors[f"{name}.zero_point"]
+    integer_limits(about["bits"], signed=False)
     if about["kind"] == "activation":
         quantizer = ActivationQuantizer(bits=about["bits"])
         quantizer.set_range(scale, zero_point)
         return quantizer
     codes = unpack(tensors[f"{name}.codes"], about["bits"], tuple(about["shape"]))
+    along_axis(scale, codes, about["axis"])
+    along_axis(zero_point, codes, about["axis"])
     return WeightQuantizer(codes, scale, zero_point, bits=about["bits"], axis=about["axis"])
 
 

@@ -16,7 +16,7 @@ def contact_sheet(images: Tensor, spec: ModelSpec, *, limit: int = 100) -> Image
     """The first images in a grid, as pixels: images * std + mean, cut to [0, 1].
 
     Args:
-        images: (N, C, H, W), normalised; C = 3 is shown in colour, any other number as the grey mean of channels.
+        images: (N, C, H, W), normalised; C = 3 is shown in colour, else the mean of the channels in grey.
         spec: mean and std of the normalisation.
         limit: how many are shown at most.
 

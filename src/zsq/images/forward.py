@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.function import once_differentiable
 
 from zsq.errors import UsageError
 from zsq.graph.capture import get_tensor
@@ -68,10 +69,11 @@ class Observer:
     def __call__(self, images: Tensor, *extra: object) -> ForwardPass:
         """Run the teacher on images (N, C, H, W); `extra` goes to the further placeholders of a view."""
         features, logits = self._graph_module(images, *extra)
-        norms = (
-            NormInput(name, x, *stored) for x, (name, *stored) in zip(features, self._layers, strict=True)
+        norms = tuple(
+            NormInput(name, x, mean, var, eps)
+            for x, (name, mean, var, eps) in zip(features, self._layers, strict=True)
         )
-        return ForwardPass(images=images, norms=tuple(norms), logits=logits)
+        return ForwardPass(images=images, norms=norms, logits=logits)
 
 
 def batch_norms(graph: fx.Graph) -> tuple[fx.Node, ...]:
@@ -82,7 +84,8 @@ def batch_norms(graph: fx.Graph) -> tuple[fx.Node, ...]:
 def observe(graph_module: fx.GraphModule, *, logits: bool = False) -> Observer:
     """A copy of the captured network that returns what its BatchNorm layers receive.
 
-    What no loss looks at is not computed: without `logits` the copy ends before the last BatchNorm.
+    What no loss looks at is not computed: without `logits` the copy ends before the last BatchNorm. Gradients
+    flow to the images only.
 
     Args:
         graph_module: from `capture`, or a view of it (`swing`); left as it is.
@@ -94,20 +97,59 @@ def observe(graph_module: fx.GraphModule, *, logits: bool = False) -> Observer:
     norms = batch_norms(graph_module.graph)
     if not norms:
         raise UsageError(
-            "This model has no BatchNorm layer with stored statistics (none at all, already folded into the "
-            "convolutions, or another kind of normalisation), and this recipe makes images from such statistics. "
-            "Give images of your own with --images, or choose a recipe that needs no BatchNorm; `zsq recipes` "
-            "lists them."
+            "This model has no BatchNorm layer with stored statistics (there is none, it was folded into the "
+            "convolutions, or it is another kind of normalisation), and this recipe makes images from such "
+            "statistics. Give images of your own with --images, or choose a recipe that needs no BatchNorm; "
+            "`zsq recipes` lists them."
         )
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(graph_module.graph, copies)
     features = tuple(copies[_node(node, 0)] for node in norms)
     first: Any = result[0] if isinstance(result, (tuple, list)) else result
+    for node in (copies[n] for n in norms if n.target is aten.batch_norm.default):
+        x, weight, bias, mean, var, _, _, eps, _ = node.args
+        node.target, node.args = frozen_batch_norm, (x, weight, bias, mean, var, eps)
     graph.output((features, first if logits else None))
     graph.eliminate_dead_code()
     graph.lint()
     return Observer(fx.GraphModule(graph_module, graph, "Observed"), [_layer(graph_module, n) for n in norms])
+
+
+def frozen_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
+    """BatchNorm with stored statistics, differentiable in `x` only: its gradient is one scaling a channel.
+
+    Args:
+        x: (N, C, ...).
+        weight: (C,) or None.
+        bias: (C,) or None.
+        mean: stored, (C,).
+        var: stored, (C,).
+        eps: added to `var`.
+    """
+    y: Tensor = _FrozenBatchNorm.apply(x, weight, bias, mean, var, eps)
+    return y
+
+
+class _FrozenBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+    ) -> Tensor:
+        scale = (var + eps).rsqrt()
+        ctx.save_for_backward(scale if weight is None else weight * scale)
+        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = ctx.saved_tensors
+        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+        # The kernel of BatchNorm scales channels in one pass, in any layout and with float32 factors.
+        scaled = torch.batch_norm(grad, scale, None, zero, one, False, 0.0, 0.0, False)
+        return scaled, None, None, None, None, None
 
 
 def _node(node: fx.Node, position: int) -> fx.Node:

@@ -22,8 +22,8 @@ class Synthesis:
         plateau_factor: factor of `lr_latent` when the loss has not fallen for `plateau_patience` steps.
         plateau_patience: see `plateau_factor`.
         lr_latent_min: `lr_latent` never falls below it.
-        schedule_steps: the two waiting times above are meant for this many steps and shrink in proportion when
-            `steps` is smaller; 0 takes them as they are.
+        schedule_steps: the patience and the interval above are meant for this many steps and shrink in
+            proportion when `steps` is smaller; 0 takes them as they are.
         swing: shift the input of every strided convolution by up to one pixel, at random, in every step.
         bn_weight: factor of the distance to the BatchNorm statistics.
         image_weight: factor of the distance of each image to mean 0 and deviation 1.
@@ -51,8 +51,8 @@ class Synthesis:
         for name in ("num_images", "batch_size"):
             if getattr(self, name) < 2:
                 raise UsageError(
-                    f"synthesis.{name} is {getattr(self, name)}. Expected at least 2: images are made so that their "
-                    "joint statistics are right."
+                    f"synthesis.{name} is {getattr(self, name)}. Expected at least 2: the joint "
+                    "statistics of the images of a batch are what is optimised."
                 )
         for name in ("steps", "latent_size", "generator_decay_interval"):
             if getattr(self, name) < 1:

@@ -1,23 +1,27 @@
 """Where synthetic images come from: networks latent -> images."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 WIDTHS = (128, 64)  # channels before and between the two upsamplings
 LEAK = 0.2
 EPS = 1e-5
+CHANNELS_LAST = torch.channels_last
 
 
 class LatentGenerator(nn.Module):
     """A small generator, trained from scratch for one batch of images together with its latents.
 
-    linear -> (N, 128, H/4, W/4) -> BN -> up x2, conv 3x3 to 64 -> BN -> leaky ReLU -> up x2, conv 3x3 to C -> tanh -> BN
-    without parameters. Every BN normalises with the statistics of the batch, so the images have mean 0 and variance 1
-    in every channel over the batch, the scale of normalised images, and each image depends on all latents.
-    If H or W is not a multiple of 4, the next larger image is made and its centre kept.
+    linear -> (N, 128, H/4, W/4) -> BN -> up x2, conv 3x3 to 64 -> BN -> leaky ReLU -> up x2, conv 3x3 to C
+    -> tanh -> BN without parameters. Every BN normalises with the statistics of the batch, so the images have
+    mean 0 and variance 1 in every channel over the batch, the scale of normalised images, and each image
+    depends on all latents. If H or W is not a multiple of 4, a larger image is made and its centre kept.
 
     Source: Genie (arXiv:2212.04780), sizes as in its code.
     """
@@ -52,6 +56,7 @@ class LatentGenerator(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Latents (N, latent_size) -> images (N, C, H, W), float32 also under autocast."""
         x = F.linear(latents, self.linear_weight, self.linear_bias).view(-1, *self.start)
+        x = x.contiguous(memory_format=CHANNELS_LAST)
         x = _normalise(x, self.norm1_weight, self.norm1_bias)
         x = upsample_conv(x, self.conv1_weight, self.conv1_bias)
         x = F.leaky_relu(_normalise(x, self.norm2_weight, self.norm2_bias), LEAK)
@@ -62,10 +67,10 @@ class LatentGenerator(nn.Module):
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Nearest upsampling x2 followed by a 3x3 convolution with padding 1, without the upsampled tensor.
 
-    In each direction two of the three taps read the same input pixel, which pair depends on whether the output
-    pixel is even or odd. So this is four 2x2 convolutions (one each for even/odd row and column) of the small
-    input, with sums of taps as weights: 4 multiplications instead of 9. All four are one convolution with padding
-    1, whose outputs interleave.
+    In each direction two of the three taps read the same input pixel; which two depends on whether the output
+    pixel is even or odd. So this is four 2x2 convolutions (even and odd rows times even and odd columns) of
+    the small input, with sums of taps as weights: 4 multiplications an output instead of 9. They run as one
+    convolution with padding 1, whose channels are then interleaved.
 
     Args:
         x: (N, I, H, W).
@@ -75,18 +80,55 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (N, O, 2H, 2W), equal to the plain form up to the order of summation.
     """
-    kernel = _pair_taps(_pair_taps(weight, 2), 4)  # (O, I, phase, 2, phase, 2)
-    kernel = kernel.permute(0, 2, 4, 1, 3, 5).reshape(4 * weight.shape[0], weight.shape[1], 2, 2)
-    # Between two neighbours p - 1 and p of the padded input lie the odd pixel 2p - 1 and the even pixel 2p.
-    pairs = F.conv2d(x, kernel, bias.repeat_interleave(4), padding=1)
-    return F.pixel_shuffle(pairs, 2)[:, :, 1:-1, 1:-1]
+    odd_even = _pair_taps(_pair_taps(weight, 2), 4)  # (O, I, row phase, 2, column phase, 2)
+    kernel = odd_even.permute(2, 4, 0, 1, 3, 5).reshape(4 * weight.shape[0], weight.shape[1], 2, 2)
+    # Position p of the result lies between input pixels p - 1 and p: output pixels 2p - 1 and 2p.
+    between = F.conv2d(x, kernel, bias.repeat(4), padding=1)
+    y: Tensor = _Interleave.apply(between)
+    return y
 
 
 def _pair_taps(weight: Tensor, axis: int) -> Tensor:
-    """Replace an axis of 3 taps by (phase, 2 taps): the odd pixel (a + b, c), then the even one (a, b + c)."""
+    """Replace an axis of 3 taps by (phase, 2 taps): (a + b, c) for odd pixels, (a, b + c) for even ones."""
     a, b, c = weight.unbind(axis)
     odd, even = torch.stack((a + b, c), axis), torch.stack((a, b + c), axis)
     return torch.stack((odd, even), axis)
+
+
+class _Interleave(torch.autograd.Function):
+    """(N, 4 O, H + 1, W + 1), channels (row phase, column phase, O), odd before even -> (N, O, 2H, 2W)."""
+
+    @staticmethod
+    def forward(ctx: Any, between: Tensor) -> Tensor:
+        n, channels, height, width = between.shape
+        shape = (n, channels // 4, 2 * (height - 1), 2 * (width - 1))
+        result = torch.empty(shape, dtype=between.dtype, device=between.device, memory_format=CHANNELS_LAST)
+        for target, source in _phases(result, between):
+            target.copy_(source)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        n, channels, height, width = grad.shape
+        shape = (n, 4 * channels, height // 2 + 1, width // 2 + 1)
+        result = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=CHANNELS_LAST).zero_()
+        for source, target in _phases(grad, result):
+            target.copy_(source)
+        return result
+
+
+def _phases(image: Tensor, between: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pixels of one phase in `image`, beside where `between` has them."""
+    _, channels, height, width = image.shape
+    for row in (0, 1):
+        for column in (0, 1):
+            start = (2 * row + column) * channels
+            rows, columns = slice(1 - row, height // 2 + 1 - row), slice(1 - column, width // 2 + 1 - column)
+            yield (
+                image[:, :, 1 - row :: 2, 1 - column :: 2],
+                between[:, start : start + channels, rows, columns],
+            )
 
 
 def _normalise(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:

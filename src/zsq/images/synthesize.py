@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -46,6 +47,7 @@ def synthesize(
     seed: int,
     finished: Finished,
     log: Log,
+    stream: str = "synthesis",
 ) -> Tensor:
     """Images in batches that know nothing of one another; each has its own stream of `seed`.
 
@@ -53,9 +55,10 @@ def synthesize(
         teacher: captured network with its BatchNorm layers, on the device to compute on; untouched.
         settings: how many, and how.
         input_size: (C, H, W) of the teacher's images.
-        seed: batch k draws from the stream ("synthesis", k), so batches can be made in any order.
-        finished: {"images": ...} of finished batches by name; those found there are taken over, others are added.
+        seed: batch k draws from the stream (`stream`, k) of it, so batches can be made in any order.
+        finished: {"images": ...} of finished batches by name; those found there are taken over, others added.
         log: called as log(batch name, step, steps, values) a few times a batch.
+        stream: another name gives other images of the same seed; batches are called after it.
 
     Returns:
         (num_images, C, H, W), normalised, float32, on the CPU.
@@ -66,15 +69,15 @@ def synthesize(
     """
     batches = []
     for index, num_images in enumerate(batch_sizes(settings.num_images, settings.batch_size)):
-        name = f"batch-{index:03d}"
+        name = f"{stream}-{index:03d}"
         if name not in finished:
             batch = synthesize_batch(
                 teacher,
                 settings,
                 input_size,
                 num_images,
-                rng=rng_for(seed, "synthesis", index),
-                log=lambda step, values, name=name: log(name, step, settings.steps, values),  # type: ignore[misc]
+                rng=rng_for(seed, stream, index),
+                log=partial(_log_batch, log, name, settings.steps),
             )
             finished[name] = {"images": batch.images.cpu()}
         batches.append(finished[name]["images"])
@@ -92,8 +95,8 @@ def synthesize_batch(
 ) -> Batch:
     """Train latents and a fresh generator together so that the teacher's BatchNorm statistics are reproduced.
 
-    Loss: sum over BatchNorm layers of `bn_statistics_distance` + `InputStatistics`, each with its weight. The images
-    are those of the latents and the generator after the last step.
+    Loss: sum over BatchNorm layers of `bn_statistics_distance`, plus `InputStatistics`, each with its weight.
+    The images are those of the latents and the generator after the last step.
 
     Args:
         teacher: captured network with its BatchNorm layers, on the device to compute on; untouched.
@@ -101,7 +104,8 @@ def synthesize_batch(
         input_size: (C, H, W) of the teacher's images.
         num_images: images of this batch.
         rng: on the CPU; draws latents, parameters of the generator and shifts, in this order.
-        log: called as log(step, values) about 20 times; only then the host waits for the device.
+        log: called as log(step, values) about 20 times; only then the host waits for the device. The learning
+            rates are those of the next step.
 
     Raises:
         UsageError: the teacher has no BatchNorm.
@@ -142,19 +146,26 @@ def synthesize_batch(
         if (step + 1) % interval == 0:
             optimizer.param_groups[1]["lr"] *= settings.generator_decay
         if step % log_every == 0 or step == settings.steps - 1:
-            log(step, {"loss": float(loss), "bn": float(bn_loss), "image": float(image_loss)})
+            values = {"loss": loss, "bn": bn_loss, "image": image_loss, "lr_latent": plateau.lr}
+            lr_generator = optimizer.param_groups[1]["lr"]
+            log(step, {n: v.item() for n, v in values.items()} | {"lr_generator": lr_generator})
     with torch.no_grad(), reduced:
         images = generator(latents)
     if not images.isfinite().all():
         raise JobError(
-            f"The synthesis of images diverged (learning rates {settings.lr_latent} and {settings.lr_generator}, "
-            f"precision {settings.precision}). Try a smaller synthesis.lr_latent, or synthesis.precision=float32."
+            "The synthesis of images diverged: some pixels are not finite. Try a smaller synthesis.lr_latent "
+            f"(now {settings.lr_latent}) or synthesis.lr_generator (now {settings.lr_generator}), or "
+            f"synthesis.precision=float32 (now {settings.precision})."
         )
     return Batch(images.contiguous(), latents.detach(), generator.requires_grad_(False))
 
 
+def _log_batch(log: Log, name: str, steps: int, step: int, values: dict[str, float]) -> None:
+    log(name, step, steps, values)
+
+
 class Plateau:
-    """A learning rate that falls when the loss stops falling, kept on the device so that no step waits for it.
+    """A learning rate that falls when the loss stops falling, kept on the device so that no step waits.
 
     The rule of `torch.optim.lr_scheduler.ReduceLROnPlateau` (mode "min", relative threshold, no cooldown).
 
@@ -182,8 +193,8 @@ class Plateau:
 def schedule(settings: Synthesis) -> tuple[int, int]:
     """Patience of the latents' learning rate and decay interval of the generator's, in steps.
 
-    As set if there are at least `schedule_steps` steps, else in proportion: both learning rates then end where
-    they end in the long run.
+    As set if there are at least `schedule_steps` steps, else in proportion, so that the generator's learning
+    rate ends where the long schedule ends.
     """
     share = min(1.0, settings.steps / settings.schedule_steps) if settings.schedule_steps else 1.0
     patience, interval = settings.plateau_patience, settings.generator_decay_interval

@@ -28,10 +28,10 @@ def swing(graph_module: fx.GraphModule, *, jitter: int = 1) -> tuple[fx.GraphMod
             (an axis of one pixel is not shifted).
 
     Returns:
-        The view, called with images and shifts (see `draw_shifts`), and the number of convolutions that swing.
+        The view, called with images and shifts (see `draw_shifts`), and how many convolutions swing.
 
-    Source: Genie (arXiv:2212.04780), section on swing convolution; independent shifts for every layer, one for the
-    whole batch, as in its code.
+    Source: Genie (arXiv:2212.04780), swing convolution; shifts are independent between layers and the same
+    for the whole batch, as in its code.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -57,7 +57,7 @@ def draw_shifts(num_layers: int, rng: torch.Generator, *, jitter: int = 1) -> Sh
         rng: on the CPU, so that no device has to be waited for.
         jitter: as given to `swing`.
     """
-    return (torch.randint(2 * jitter + 1, (num_layers, 2), generator=rng) - jitter).tolist()  # type: ignore[no-any-return]
+    return (torch.randint(2 * jitter + 1, (num_layers, 2), generator=rng) - jitter).tolist()
 
 
 def shift_layer(x: Tensor, shifts: Shifts, layer: int, jitter: int) -> Tensor:
@@ -99,10 +99,14 @@ class _Shift(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        result = torch.zeros_like(grad)
-        for target, source in _moves(grad.shape[ctx.axis], ctx.offset):
+        length, distance = grad.shape[ctx.axis], abs(ctx.offset)
+        (target, source), *reflected = _moves(length, ctx.offset)
+        result = torch.empty_like(grad)
+        result.narrow(ctx.axis, *source).copy_(grad.narrow(ctx.axis, *target))
+        result.narrow(ctx.axis, 0 if ctx.offset > 0 else length - distance, distance).zero_()
+        for target, source in reflected:
             result.narrow(ctx.axis, *source).add_(grad.narrow(ctx.axis, *target))
         return result, None, None
 

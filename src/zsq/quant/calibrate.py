@@ -1,6 +1,6 @@
 """Observe activations and set the ranges of their quantizers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,9 @@ def choose_activation_range(x: Tensor, *, bits: int, settings: Calibration) -> t
     return scale, zero_point
 
 
-def calibrate(part: nn.Module, inputs: Sequence[Tensor], settings: Calibration) -> None:
+def calibrate(
+    part: nn.Module, inputs: Sequence[Tensor], settings: Calibration, *, settled: Collection[nn.Module] = ()
+) -> None:
     """Run `part` once and set the range of every activation quantizer that it meets from what arrives there.
 
     Quantizers that come later see the output of those before them, as in use.
@@ -47,14 +49,15 @@ def calibrate(part: nn.Module, inputs: Sequence[Tensor], settings: Calibration) 
     Args:
         part: a student or a unit of it.
         inputs: its arguments; the first `settings.num_images` rows are used.
+        settled: quantizers whose range stays as it is.
     """
-    with _observing(part, settings), torch.no_grad():
+    with _observing(part, settings, settled), torch.no_grad():
         part(*(x[: settings.num_images] for x in inputs))
 
 
 @contextmanager
-def _observing(part: nn.Module, settings: Calibration) -> Iterator[None]:
-    done: set[nn.Module] = set()
+def _observing(part: nn.Module, settings: Calibration, settled: Collection[nn.Module]) -> Iterator[None]:
+    done = set(settled)
 
     def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
         if module not in done and isinstance(module, ActivationQuantizer):

@@ -1,7 +1,7 @@
-"""Random choice between two tensors, element by element, and the quantizer that sometimes lets values through (QDrop).
+"""Random choice between two tensors by element, and the quantizer that lets some values through (QDrop).
 
-A choice is an int32 mask, all bits set or none: on a CPU, blending the bits of two float32 tensors with it costs a
-fraction of `torch.where` with a bool mask, and drawing it a fraction of `bernoulli_`.
+A choice is an int32 mask, all bits set or none: on a CPU, blending the bits of two float32 tensors with it
+costs a fraction of `torch.where` with a bool mask, and drawing it a fraction of `bernoulli_`.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,10 @@ def random_choice(shape: torch.Size, prob: float, rng: torch.Generator) -> Tenso
 
 
 def blend(x: Tensor, other: Tensor, mask: Tensor) -> Tensor:
-    """Elements of `other` where `mask` is -1, of `x` where it is 0; bit-exact, float32, one shape, no gradients."""
+    """Elements of `other` where `mask` is -1, of `x` where it is 0; bit-exact.
+
+    Float32 and int32, all of one shape; no gradients.
+    """
     bits, other_bits = (
         x.detach().contiguous().view(torch.int32),
         other.detach().contiguous().view(torch.int32),
@@ -37,13 +40,14 @@ def blend(x: Tensor, other: Tensor, mask: Tensor) -> Tensor:
 
 
 def mix(x: Tensor, other: Tensor, prob: float, rng: torch.Generator) -> Tensor:
-    """Elements of `other` with probability `prob`, else of `x`; both float32 and of one shape, no gradients."""
+    """Elements of `other` with probability `prob`, else of `x`; float32, of one shape, no gradients."""
     return blend(x, other, random_choice(x.shape, prob, rng))
 
 
 class DroppingQuantizer(nn.Module):
-    """Stands in for an ActivationQuantizer while a unit is learned: every element keeps its float value with
-    probability `prob`, drawn anew at each call.
+    """Stands in for an ActivationQuantizer while a unit is learned.
+
+    Every element keeps its float value with probability `prob`, drawn anew at each call.
 
     Source: QDrop (arXiv:2203.05740).
     """

@@ -1,7 +1,7 @@
 """Quantizers as small modules: they hold numbers and call the functions of `affine` and `rounding`.
 
-All codes are unsigned, 0 .. 2^bits - 1. A signed symmetric quantizer of b bits is one whose zero point is 2^(b-1);
-so no quantizer has a sign flag, and everything it needs is in its state dict.
+All codes are unsigned, 0 .. 2^bits - 1. A signed symmetric quantizer of b bits is one whose zero point is
+2^(b-1); so no quantizer has a sign flag, and everything it needs is in its state dict.
 """
 
 import math
@@ -32,7 +32,7 @@ class WeightQuantizer(nn.Module):
     def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, axis: int) -> None:
         super().__init__()
         self.bits, self.axis = bits, axis
-        self.register_buffer("codes", codes.detach().to(torch.uint8))
+        self.register_buffer("codes", codes.detach().to(torch.uint8).contiguous())
         self.register_buffer("scale", scale.detach().clone())
         self.register_buffer("zero_point", zero_point.detach().to(torch.uint8))
 
@@ -57,7 +57,7 @@ def quantize_weight(weight: Tensor, *, bits: int, axis: int) -> WeightQuantizer:
 
 
 class LearnedRounding(nn.Module):
-    """A weight whose rounding and scales are being learned; stands in for a WeightQuantizer during reconstruction.
+    """A weight whose rounding and scales are learned; stands in for a WeightQuantizer during reconstruction.
 
     The integer base floor(W / s) is fixed by the initial scale and stays constant while the scale is trained
     (Genie, arXiv:2212.04780, section on the quantization algorithm).

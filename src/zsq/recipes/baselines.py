@@ -1,6 +1,7 @@
 """Baselines that every comparison needs.
 
-* `given`: the reconstruction of Genie on images that the user brings (`--images`), e.g. 1000 real training images.
+* `given`: the reconstruction of Genie on images that the user brings (`--images`), e.g. 1000 real training
+  images.
 * `noise`: the same reconstruction on Gaussian noise.
 * `noise-nearest`: ranges from Gaussian noise, rounding to nearest, nothing optimised.
 * `given-nearest`: the same with ranges from images that the user brings.

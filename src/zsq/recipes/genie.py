@@ -1,16 +1,19 @@
-"""Genie: images from latents and a small generator, then block reconstruction with learned rounding and scales.
+"""Genie: images from latents and a small generator; block reconstruction with learned rounding and scales.
 
 Paper: Jeon, Lee, Kim, "Genie: Show Me the Data for Quantization", CVPR 2023, arXiv:2212.04780.
 
 Where the paper and its published code differ, or the code is in error, this is what is followed:
 
-* Learning rates: the code names them the other way round; what it does (latents 0.1, generator 0.01) is followed.
-* BatchNorm distance: mean over a layer's channels and unbiased deviations with eps 1e-6, as the code; the paper's
-  formula is the plain sum.
+* Learning rates: the code names them the other way round; what it does (latents 0.1, generator 0.01) is
+  followed.
+* BatchNorm distance: mean over a layer's channels and unbiased deviations with eps 1e-6, as the code; the
+  paper's formula is the plain sum.
 * Images are those of the final latents and generator; the code keeps those of one step before.
 * The last, smaller batch of images is kept; the code drops it.
-* Minibatches of reconstruction have `batch_size` images; the code's have N / 32, which agrees at N = 1024 only.
-* Units come from the graph. The first layer's unit ends after its BatchNorm and ReLU; the code's ends before them.
+* Minibatches of reconstruction have `batch_size` images; the code's have N / 32, which agrees at N = 1024
+  only.
+* Units come from the graph. The first layer's unit ends after its BatchNorm and ReLU; the code's ends before
+  them.
 * Rounding bases are not clipped and the regulariser is a sum with weight 1, as the code.
 * Signed activations search their range with the limits that they use; the code's search is half a step off.
 * Step sizes are kept positive; the code does not.

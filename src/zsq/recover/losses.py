@@ -4,6 +4,8 @@ import math
 
 from torch import Tensor
 
+MAX_DECIBELS = 999.0
+
 
 def output_distance(output: Tensor, target: Tensor, *, channel_axis: int) -> Tensor:
     """Squared error summed over channels, averaged over images and positions.
@@ -23,7 +25,13 @@ def output_distance(output: Tensor, target: Tensor, *, channel_axis: int) -> Ten
 
 
 def signal_to_noise(signal_energy: float, noise_energy: float) -> float:
-    """Ratio of energies in decibels, 10 log10(signal / noise); infinite when there is no noise."""
+    """Ratio of energies in decibels, 10 log10(signal / noise), cut to +-MAX_DECIBELS: JSON has no infinity.
+
+    MAX_DECIBELS stands for no noise at all, -MAX_DECIBELS for infinite noise or energies that are NaN.
+    """
+    if math.isnan(signal_energy) or not math.isfinite(noise_energy):
+        return -MAX_DECIBELS
     if noise_energy <= 0:
-        return math.inf
-    return 10 * math.log10(max(signal_energy, 1e-30) / noise_energy)
+        return MAX_DECIBELS
+    ratio = 10 * math.log10(max(signal_energy, 1e-30) / noise_energy)
+    return max(-MAX_DECIBELS, min(ratio, MAX_DECIBELS))

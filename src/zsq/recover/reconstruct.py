@@ -1,7 +1,7 @@
-"""Reconstruct a student unit by unit: learn roundings and step sizes so that units output what the teacher's do."""
+"""Reconstruct a student unit by unit: learn roundings and step sizes so that units match the teacher's."""
 
 import math
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,17 +86,18 @@ def reconstruct(
         finished: state dicts of finished units by name; those found there are taken over, others are added.
         log: called as log(unit name, step, steps, values).
 
-    Source: BRECQ (arXiv:2102.05426) for the units, QDrop (2203.05740) for the drops, Genie (2212.04780) for learning
-    rounding and scales together.
+    An activation quantizer that several units call belongs to the first of them; the others take it as it is.
+
+    Source: BRECQ (arXiv:2102.05426) for the units, QDrop (2203.05740) for the drops, Genie (2212.04780) for
+    learning rounding and scales together.
     """
     last = last_readers(units)
-    caches: list[dict[str, Tensor]] = [
-        {},
-        {},
-    ]  # the teacher's and the student's tensors that are still to be read
+    # The teacher's and the student's tensors that are still to be read.
+    caches: list[dict[str, Tensor]] = [{}, {}]
     for cache in caches:
         cache[next(n.name for n in teacher.graph.nodes if n.op == "placeholder")] = images
     results = []
+    settled: set[nn.Module] = set()  # quantizers of finished units
     for index, unit in enumerate(units):
         teacher_part = extract(teacher, unit.inputs, unit.outputs)
         student_part = extract(student, unit.inputs, unit.outputs)
@@ -106,7 +107,7 @@ def reconstruct(
         done = finished.get(key)
         owned = {name: q for name, q in _unit_quantizers(student_part, quantizers)}
         if done is None:
-            calibrate(student_part, student_inputs, calibration)
+            calibrate(student_part, student_inputs, calibration, settled=settled)
             snr_nearest = _snr(targets, forward_in_chunks(student_part, student_inputs))
             if settings is not None:
                 _reconstruct_unit(
@@ -117,6 +118,7 @@ def reconstruct(
                     (teacher_inputs, student_inputs, targets),
                     channel_axis=_channel_axis(teacher, unit),
                     settings=settings,
+                    settled=settled,
                     rng=rng_for(seed, "reconstruction", index),
                     log=lambda step, values, name=unit.name: log(name, step, settings.steps, values),  # type: ignore[misc]
                 )
@@ -129,12 +131,13 @@ def reconstruct(
                 )
         for name, quantizer in owned.items():
             student.set_submodule(name, quantizer)
+        settled.update(owned.values())
         outputs = forward_in_chunks(student_part, student_inputs)
         result = UnitResult(unit.name, len(unit.layers), snr_nearest, _snr(targets, outputs))
         results.append(result)
         if done is None:
             state = {f"{n}.{k}": v.clone() for n, q in owned.items() for k, v in q.state_dict().items()}
-            finished[key] = {**state, "snr_nearest": torch.tensor(snr_nearest)}
+            finished[key] = {**state, "snr_nearest": torch.tensor(snr_nearest, dtype=torch.float64)}
         log(unit.name, -1, 0, {"snr": result.snr, "snr_nearest": snr_nearest})
         for cache, values in zip(caches, (targets, outputs), strict=True):
             cache.update(zip(unit.outputs, values, strict=True))
@@ -157,6 +160,7 @@ def _reconstruct_unit(
     *,
     channel_axis: int,
     settings: Reconstruction,
+    settled: Collection[nn.Module],
     rng: torch.Generator,
     log: Callable[[int, dict[str, float]], None],
 ) -> None:
@@ -169,7 +173,9 @@ def _reconstruct_unit(
         nearest: Any = part.get_submodule(name)
         learned[name] = LearnedRounding(get_tensor(teacher, str(weight.target)), nearest)
         part.set_submodule(name, learned[name])
-    activation_scales = [m.scale for m in part.modules() if isinstance(m, ActivationQuantizer)]
+    activation_scales = [
+        m.scale for m in part.modules() if isinstance(m, ActivationQuantizer) and m not in settled
+    ]
     logits = [m.rounding_logits for m in learned.values()]
     optimizer = torch.optim.Adam(
         [
@@ -233,6 +239,14 @@ def _snr(targets: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
 
 
 def _channel_axis(teacher: fx.GraphModule, unit: Unit) -> int:
-    """Axis of channels in what the unit returns: the last one if its last layer is linear, else 1."""
-    layer = next(n for n in teacher.graph.nodes if n.name == unit.layers[-1])
-    return -1 if layer.target is aten.linear.default else 1
+    """Axis of channels in what the unit returns: the last one if its last layer is linear, else 1.
+
+    The other way round where only so the axis is as long as the layer has channels (an image made of tokens).
+    """
+    nodes = {n.name: n for n in teacher.graph.nodes}
+    layer, output = nodes[unit.layers[-1]], nodes[unit.outputs[-1]]
+    likely, other = (-1, 1) if layer.target is aten.linear.default else (1, -1)
+    channels, shape = layer.meta["val"].shape[likely], output.meta["val"].shape
+    if len(shape) > 2 and shape[likely] != channels and shape[other] == channels:
+        return other
+    return likely

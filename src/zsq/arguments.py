@@ -1,0 +1,154 @@
+"""Arguments that several commands share: the options, and what their texts stand for."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zsq import terminal
+from zsq.errors import UsageError
+
+if TYPE_CHECKING:
+    from zsq.teacher import Teacher
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="digits, a timm name, path/to/file.py:factory, or a run folder")
+]
+RecipeOption = Annotated[str, typer.Option(metavar="RECIPE", help="method, one of `zsq recipes`")]
+BitsOption = Annotated[str, typer.Option(metavar="BITS", help="W4A4, W2A4, W8A8 ..., or W4: weights only")]
+EndsOption = Annotated[
+    str | None,
+    typer.Option(metavar="8bit|same", help="first and last layer in 8 bits, or in the same bits as the rest"),
+]
+BudgetOption = Annotated[
+    str,
+    typer.Option(
+        metavar="quick|standard|paper", help="images and steps together; paper: the published counts"
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="replace one setting of `zsq show RECIPE`; can be repeated"
+    ),
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="all randomness follows from it")]
+DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="where to compute")]
+OutOption = Annotated[Path | None, typer.Option(help="folder to write")]
+ForceOption = Annotated[bool, typer.Option("--force", help="replace an earlier run in --out")]
+WeightsOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="weights of MODEL: .safetensors, .pt or .pth")
+]
+InputSizeOption = Annotated[
+    str | None, typer.Option(metavar="C,H,W", help="channels, height, width, e.g. 3,32,32")
+]
+MeanOption = Annotated[
+    str | None, typer.Option(metavar="A,B,C", help="mean of each channel, for pixels in [0, 1]")
+]
+StdOption = Annotated[
+    str | None, typer.Option(metavar="A,B,C", help="deviation of each channel, for pixels in [0, 1]")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on stdout and nothing else there")]
+
+
+def read_settings(texts: Sequence[str] | None) -> dict[str, str]:
+    """["synthesis.steps=500"] -> {"synthesis.steps": "500"}."""
+    found = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        if not (key.strip() and equals and value.strip()):
+            raise UsageError(f"--set takes KEY=VALUE, for example --set synthesis.steps=500; got {text!r}.")
+        found[key.strip()] = value.strip()
+    return found
+
+
+def readread_numbers(text: str | None, option: str, kind: type[int] | type[float]) -> tuple[Any, ...] | None:
+    """Numbers between commas or spaces; None stays None."""
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in re.split(r"[,\s]+", text.strip(" ,")))
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise UsageError(
+            f"{option} takes {what} between commas, for example 3,32,32; got {text!r}."
+        ) from None
+
+
+def read_device(name: str) -> str:
+    import torch
+
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"--device is cpu or cuda, got {name!r}.")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise UsageError("--device cuda was asked for, but PyTorch finds no CUDA device. Use --device cpu.")
+    return name
+
+
+def is_run(model: str) -> bool:
+    from zsq.run import is_run_folder
+
+    return model != "digits" and is_run_folder(model)
+
+
+def read_teacher(
+    model: str, weights: Path | None, input_size: str | None, mean: str | None, std: str | None
+) -> "Teacher":
+    """The model that the options describe, with what is noteworthy said; of a run folder, its teacher."""
+    from zsq.models import load_model
+
+    size, means = read_numbers(input_size, "--input-size", int), read_numbers(mean, "--mean", float)
+    stds = read_numbers(std, "--std", float)
+    if not is_run(model):
+        teacher = load_model(model, weights=weights, input_size=size, mean=means, std=stds)
+    elif size or means or stds:
+        raise UsageError(
+            f"{model} is a run, which knows its input. Leave out --input-size, --mean and --std."
+        )
+    else:
+        teacher = teacher_of_run(Path(model), weights=weights)
+    for note in teacher.notes:
+        terminal.say(f"Note: {note}")
+    return teacher
+
+
+def teacher_of_run(folder: Path, *, weights: Path | None = None) -> "Teacher":
+    """Load the teacher of a run again, as its record says.
+
+    Args:
+        folder: of the run.
+        weights: where the weights file is now; None means where it was.
+
+    Raises:
+        UsageError: it cannot be loaded again, or its weights are others than those that were quantized.
+    """
+    from zsq.models import load_model
+    from zsq.run import read_record
+
+    about: Mapping[str, Any] = read_record(folder)["model"]
+    source, spec = about["source"], about["spec"]
+    if source["kind"] == "memory":
+        raise UsageError(
+            f"The teacher of {folder} was made in Python and cannot be loaded again. Name the model itself."
+        )
+    teacher = load_model(
+        source["name"],
+        weights=weights or source["weights"],
+        input_size=spec["input_size"],
+        mean=spec["mean"],
+        std=spec["std"],
+    )
+    if teacher.sha256 != about["sha256"]:
+        raise UsageError(
+            f"The teacher of {folder}, {source['name']}, has other weights now (sha256 {teacher.sha256[:12]}..., "
+            f"the run has {about['sha256'][:12]}...). Give the weights of then with --weights FILE."
+        )
+    return teacher
+
+
+def default_out(parent: str, teacher: "Teacher", recipe: str, bits: str, seed: int) -> Path:
+    """runs/digits-genie-W4A4, with the seed where it is not 0."""
+    parts = [teacher.name, recipe, bits, f"seed{seed}" if seed else ""]
+    return Path(parent) / re.sub(r"[^\w.-]+", "_", "-".join(part for part in parts if part))

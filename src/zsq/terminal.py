@@ -1,0 +1,245 @@
+"""What the commands show: progress and messages on stderr, tables on stdout."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from zsq.progress import Callback, Progress
+
+SECONDS_BETWEEN_LINES = 10.0
+Clock = Callable[[], float]
+
+
+def say(text: str) -> None:
+    """One line on stderr, as it is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(*parts: Table | str) -> None:
+    """Tables and lines on stdout; lines are not wrapped, so that paths and commands can be copied."""
+    console = Console(highlight=False)
+    for part in parts:
+        if isinstance(part, Table):
+            console.print(part)
+        else:
+            console.print(Text(part), soft_wrap=True)
+
+
+class Pace:
+    """Time left in a stage, from the speed measured so far.
+
+    Only the time between two events of one item counts: what an earlier run had finished comes as one event an
+    item and would look infinitely fast.
+    """
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._last: Progress | None = None
+        self._at = 0.0
+        self._seconds, self._steps = 0.0, 0
+
+    def seconds_left(self, event: Progress) -> float | None:
+        """Take notice of an event; the seconds that the rest of its stage takes, None while unknown."""
+        now, last = self._clock(), self._last
+        if last is None or starts_stage(last, event):
+            self._seconds, self._steps = 0.0, 0
+        elif last.item == event.item and not event.resumed:
+            self._seconds += now - self._at
+            self._steps += event.done - last.done
+        self._last, self._at = event, now
+        if not self._steps:
+            return None
+        return self._seconds / self._steps * (event.total - event.done)
+
+
+def starts_stage(last: Progress, event: Progress) -> bool:
+    """Whether `event` begins another stage than `last` was in; a stage may come twice."""
+    return event.stage != last.stage or event.total != last.total or event.done < last.done
+
+
+def plain_lines(write: Callable[[str], None] = say, clock: Clock = time.monotonic) -> Callback:
+    """A callback that writes a line when a stage begins or ends, and in between now and then."""
+    pace = Pace(clock)
+    last: Progress | None = None
+    written = 0.0
+
+    def callback(event: Progress) -> None:
+        nonlocal last, written
+        left, now = pace.seconds_left(event), clock()
+        begins = last is None or starts_stage(last, event)
+        ends = event.done == event.total and (last is None or begins or last.done < event.total)
+        if begins or ends or now - written >= SECONDS_BETWEEN_LINES:
+            write(_line(event, left))
+            written = now
+        last = event
+
+    return callback
+
+
+def _line(event: Progress, left: float | None) -> str:
+    parts = [f"{event.stage}: {event.item}", f"{event.done} of {event.total} steps"]
+    if "loss" in event.values:
+        parts.append(f"loss {event.values['loss']:.4g}")
+    if event.resumed:
+        parts.append("taken over from the interrupted run")
+    if left is not None and event.done < event.total:
+        parts.append(f"about {seconds_text(left)} left")
+    return ", ".join(parts)
+
+
+@contextmanager
+def reported_progress(*, plain: bool) -> Iterator[Callback]:
+    """The callback for a job: bars if stderr is a terminal and not `plain`, otherwise lines."""
+    console = Console(stderr=True)
+    if plain or not (console.is_interactive and sys.stderr.isatty()):
+        yield plain_lines()
+        return
+    bars = Bars(
+        SpinnerColumn(finished_text=" "),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=30),
+        TaskProgressColumn(),
+        _TimeLeft(),
+        TextColumn("{task.fields[item]}", markup=False),
+        console=console,
+    )
+    with bars:
+        yield stage_bars(bars)
+
+
+def stage_bars(bars: Bars) -> Callback:
+    """A callback that keeps one bar a stage up to date."""
+    pace = Pace()
+    last: Progress | None = None
+    task: TaskID = bars.add_task("prepare", total=None, item="", finish_at=None)
+
+    def callback(event: Progress) -> None:
+        nonlocal last, task
+        left = pace.seconds_left(event)
+        if last is None or starts_stage(last, event):
+            total = last.total if last is not None else 1
+            bars.update(task, total=total, completed=total, item="")
+            task = bars.add_task(event.stage, total=event.total, item="", finish_at=None)
+        loss = f", loss {event.values['loss']:.4g}" if "loss" in event.values else ""
+        item = "" if event.done == event.total else event.item + loss
+        finish_at = None if left is None else time.monotonic() + left
+        bars.update(task, completed=event.done, item=item, finish_at=finish_at)
+        last = event
+
+    return callback
+
+
+class _TimeLeft(ProgressColumn):
+    """Time left of the running stage, time taken of a finished one."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished:
+            return Text(f"took {seconds_text(task.finished_time or 0.0)}")
+        finish_at = task.fields["finish_at"]
+        if finish_at is None:
+            return Text("")
+        return Text(f"{seconds_text(max(0.0, finish_at - time.monotonic()))} left")
+
+
+def seconds_text(seconds: float) -> str:
+    """0.42 -> "0.4 s", 42.3 -> "42 s", 200 -> "3 min 20 s", 7300 -> "2 h 2 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def bytes_text(count: float) -> str:
+    """1234 -> "1.2 kB"."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> Table:
+    """A table of texts, taken literally; columns `right` are right-aligned."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for index, title in enumerate(head):
+        table.add_column(title, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def quantized_summary(record: Mapping[str, Any]) -> list[Table | str]:
+    """What a finished run came to: bits and sizes, what is estimated, what was measured, the time."""
+    results, size = record["results"], record["results"]["size"]
+    factor = size["teacher_bytes"] / size["student_bytes"]
+    ends = ", first and last layer 8 bits" if record["recipe"]["scheme"]["ends"] == "8bit" else ""
+    parts: list[Table | str] = [
+        "",
+        f"{record['model']['name']}, recipe {record['recipe']['name']}, seed {record['seed']}",
+        grid(
+            ("", "before", "after"),
+            [
+                ("bits", "float32", record["bits"] + ends),
+                (
+                    "size",
+                    bytes_text(size["teacher_bytes"]),
+                    f"{bytes_text(size['student_bytes'])} (1/{factor:.1f})",
+                ),
+            ],
+        ),
+        *_estimated(results["estimated_without_data"]),
+    ]
+    if results["measured"]:
+        parts += measured_summary(results["measured"])
+    times = ", ".join(f"{stage} {seconds_text(value)}" for stage, value in record["timings"].items())
+    return [*parts, "", f"Time: {times}"]
+
+
+def _estimated(estimates: Mapping[str, Any]) -> list[Table | str]:
+    if "holdout" in estimates:
+        about, heading, images = estimates["holdout"], "estimated without data", "held-out synthetic images"
+    else:
+        about, heading = (
+            estimates["calibration_images"],
+            "estimated on the images it was calibrated on (optimistic)",
+        )
+        images = "calibration images"
+    row = (f"{about['top1_agreement']:.1f} %", f"{about['snr']:.1f} dB", f"{about['num_images']} {images}")
+    return ["", heading, grid(("agreement with the teacher", "signal to noise", "on"), [row])]
+
+
+def measured_summary(measured: Mapping[str, Any]) -> list[Table | str]:
+    """Accuracies on real labelled images: {"data": path, "teacher": {...}, "student": {...}}, either may miss."""
+    rows = [
+        (
+            "teacher (before)" if who == "teacher" else "student (after)",
+            f"{values['top1']:.2f} %",
+            "" if values["top5"] is None else f"{values['top5']:.2f} %",
+            str(values["num_images"]),
+        )
+        for who, values in ((who, measured.get(who)) for who in ("teacher", "student"))
+        if values is not None
+    ]
+    table = grid(("", "top-1 accuracy", "top-5 accuracy", "images"), rows, right=(1, 2, 3))
+    return ["", f"measured on {measured['data']}", table]

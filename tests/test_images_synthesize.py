@@ -1,0 +1,204 @@
+"""The synthesis loop: it lowers the loss, keeps every image, repeats itself and leaves the teacher alone."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from image_networks import SIZE, AfterReLU, NoBatchNorm, PreActivation, Residual, captured, trained
+from torch import Tensor, fx, nn
+
+from zsq.errors import JobError, UsageError
+from zsq.graph.capture import capture
+from zsq.images.forward import observe
+from zsq.images.losses import BatchNormStatistics, InputStatistics
+from zsq.images.settings import Synthesis
+from zsq.images.sources import LatentGenerator
+from zsq.images.synthesize import Batch, Plateau, batch_sizes, schedule, synthesize, synthesize_batch
+
+SHORT = Synthesis(num_images=8, batch_size=8, steps=3, latent_size=16)
+
+
+@pytest.fixture(scope="module")
+def residual() -> fx.GraphModule:
+    return captured(Residual)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def one_batch(
+    teacher: fx.GraphModule, settings: Synthesis, size: tuple[int, int, int] = SIZE, seed: int = 0
+) -> tuple[Batch, list[tuple[int, dict[str, float]]]]:
+    logged: list[tuple[int, dict[str, float]]] = []
+    batch = synthesize_batch(
+        teacher, settings, size, settings.num_images, rng=rng(seed), log=lambda s, v: logged.append((s, v))
+    )
+    return batch, logged
+
+
+@pytest.mark.parametrize("kind", [Residual, PreActivation, AfterReLU])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_loss_falls_tenfold(kind: type[nn.Module], precision: str) -> None:
+    teacher = captured(kind)
+    state = {name: value.clone() for name, value in teacher.state_dict().items()}
+    settings = Synthesis(num_images=32, steps=250, latent_size=32, precision=precision)  # type: ignore[arg-type]
+    batch, logged = one_batch(teacher, settings)
+    assert batch.images.shape == (32, *SIZE) and batch.images.dtype == torch.float32
+    assert logged[0][0] == 0 and logged[-1][0] == 249 and len(logged) <= 22
+    forward = observe(teacher)(batch.images)
+    assert BatchNormStatistics()(forward) < logged[0][1]["bn"] / 10
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_images_are_those_of_the_final_generator(residual: fx.GraphModule) -> None:
+    batch, logged = one_batch(residual, replace(SHORT, swing=False))
+    torch.testing.assert_close(batch.generator(batch.latents), batch.images)
+    forward = observe(residual)(batch.images)
+    loss = BatchNormStatistics()(forward) + InputStatistics()(forward)
+    assert float(loss) < logged[-1][1]["loss"]  # one more step than the last that was logged
+    assert not batch.images.requires_grad and not any(p.requires_grad for p in batch.generator.parameters())
+
+
+def test_first_step_moves_by_the_published_learning_rates(residual: fx.GraphModule) -> None:
+    batch, _ = one_batch(residual, replace(SHORT, steps=1))
+    stream = rng()
+    latents = torch.randn(8, 16, generator=stream)
+    start = LatentGenerator(SIZE, latent_size=16, rng=stream)
+    # the first step of Adam moves everything by lr * g / (|g| + 1e-8)
+    assert float((batch.latents - latents).abs().median()) == pytest.approx(0.1, rel=1e-3)
+    for (name, new), old in zip(batch.generator.named_parameters(), start.parameters(), strict=True):
+        assert float((new - old).abs().max()) <= 0.01 * 1.001, name
+    moved = batch.generator.linear_weight - start.linear_weight
+    assert float(moved.abs().median()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_learning_rates_at_the_end(residual: fx.GraphModule) -> None:
+    settings = replace(SHORT, steps=80, generator_decay_interval=2, plateau_patience=100, schedule_steps=0)
+    _, logged = one_batch(residual, settings)
+    assert logged[-1][1]["lr_generator"] == pytest.approx(0.01 * 0.95**40)  # 1.3e-3, as after 4000 steps
+    assert logged[-1][1]["lr_latent"] == pytest.approx(0.1)
+    assert Synthesis().steps // Synthesis().generator_decay_interval == 40
+
+
+def test_schedule_shrinks_with_the_steps() -> None:
+    assert schedule(Synthesis()) == (100, 100)
+    assert schedule(Synthesis(steps=8000)) == (100, 100)
+    assert schedule(Synthesis(steps=400)) == (10, 10)
+    assert schedule(Synthesis(steps=7)) == (1, 1)
+    assert schedule(Synthesis(steps=400, schedule_steps=0)) == (100, 100)
+
+
+@pytest.mark.parametrize("patience", [1, 3, 20])
+def test_plateau_is_the_rule_of_torch(patience: int) -> None:
+    losses = torch.cat(
+        (torch.linspace(3, 1, 30), 1 + 0.01 * torch.rand(300, generator=rng()), torch.tensor([0.5]))
+    )
+    losses[40] = losses[39] * (1 - 0.9e-4)  # not enough of a fall
+    losses[100] = torch.nan
+    settings = Synthesis()
+    plateau = Plateau(0.1, settings, patience=patience, device=torch.device("cpu"))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    oracle = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=patience, min_lr=1e-4)
+    seen = set()
+    for loss in losses:
+        plateau.step(loss)
+        oracle.step(loss.item())
+        assert float(plateau.lr) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-5)
+        seen.add(round(optimizer.param_groups[0]["lr"], 6))
+    assert seen == {0.1, 0.01, 0.001, 0.0001}
+
+
+def test_optimizer_follows_the_plateau(residual: fx.GraphModule) -> None:
+    """With a learning rate of 0 from the first step on, the latents stay where they started."""
+    settings = replace(SHORT, steps=5, lr_latent=0.0, lr_latent_min=0.0)
+    batch, logged = one_batch(residual, settings)
+    assert torch.equal(batch.latents, torch.randn(8, 16, generator=rng()))
+    assert logged[-1][1]["lr_latent"] == 0
+    settings = replace(
+        SHORT, steps=60, plateau_patience=5, schedule_steps=0, plateau_factor=1e-6, lr_latent_min=0
+    )
+    batch, logged = one_batch(residual, settings)
+    frozen = next(step for step, values in logged if values["lr_latent"] < 1e-3)
+    assert frozen < 60
+
+
+@pytest.mark.parametrize("size", [(1, 12, 12), (3, 9, 13), (4, 7, 5)])
+def test_other_image_sizes(size: tuple[int, int, int]) -> None:
+    teacher = capture(trained(Residual(size[0]), size), size)
+    batch, logged = one_batch(teacher, replace(SHORT, steps=20), size)
+    assert batch.images.shape == (8, *size)
+    assert logged[-1][1]["loss"] < logged[0][1]["loss"]
+
+
+def test_no_image_is_dropped() -> None:
+    assert batch_sizes(1024, 128) == (128,) * 8
+    assert batch_sizes(1056, 128) == (128,) * 8 + (32,)
+    assert batch_sizes(100, 128) == (100,)
+    assert batch_sizes(129, 128) == (65, 64)
+    assert batch_sizes(261, 128) == (87, 87, 87)
+    assert batch_sizes(3, 128) == (3,)
+    for num_images in range(2, 70):
+        for batch_size in range(2, 40):
+            sizes = batch_sizes(num_images, batch_size)
+            assert sum(sizes) == num_images and 2 <= min(sizes) and max(sizes) <= batch_size, (
+                num_images,
+                sizes,
+            )
+            assert len(sizes) == -(-num_images // batch_size)
+
+
+def test_same_seed_same_bits_and_resuming(residual: fx.GraphModule) -> None:
+    settings = replace(SHORT, num_images=26, batch_size=9)
+    names = []
+
+    def run(finished: dict[str, dict[str, Tensor]], seed: int = 0, stream: str = "synthesis") -> Tensor:
+        return synthesize(
+            residual,
+            settings,
+            SIZE,
+            seed=seed,
+            finished=finished,
+            log=lambda name, step, steps, values: names.append((name, step, steps)),
+            stream=stream,
+        )
+
+    finished: dict[str, dict[str, Tensor]] = {}
+    images = run(finished)
+    assert images.shape == (26, *SIZE) and list(finished) == [f"synthesis-00{k}" for k in range(3)]
+    assert names[-1] == ("synthesis-002", 2, 3)
+    half = {"synthesis-001": finished["synthesis-001"]}
+    assert torch.equal(run(half), images)
+    assert torch.equal(run({}), images)
+    assert not torch.equal(run({}, seed=1), images)
+    assert not torch.equal(run({}, stream="holdout"), images)
+    assert not torch.equal(images[:9], images[9:18])
+
+
+def test_global_randomness_is_not_used(residual: fx.GraphModule) -> None:
+    before = torch.random.get_rng_state()
+    one_batch(residual, SHORT)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_teacher_that_still_wants_gradients() -> None:
+    teacher = captured(Residual)
+    for parameter in teacher.parameters():
+        parameter.requires_grad_(True)
+    one_batch(teacher, SHORT)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_errors_of_the_user(residual: fx.GraphModule) -> None:
+    with pytest.raises(UsageError, match="no BatchNorm"):
+        one_batch(capture(NoBatchNorm().eval(), SIZE), SHORT)
+    for name, value in (("num_images", 1), ("batch_size", 1), ("steps", 0), ("plateau_factor", 1.0)):
+        with pytest.raises(UsageError, match=f"synthesis.{name}"):
+            Synthesis(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="float32 or bfloat16"):
+        Synthesis(precision="int8")  # type: ignore[arg-type]
+    with pytest.raises(JobError, match="diverged"), warnings.catch_warnings():
+        one_batch(residual, replace(SHORT, lr_latent=float("inf")))
