@@ -80,7 +80,7 @@ def test_initial_distribution_is_that_of_the_torch_layers() -> None:
         (ours.conv1_weight, conv1.weight),
         (ours.conv2_weight, conv2.weight),
     ]
-    for got, expected in pairs:
+    for got, expected in ((a.detach(), b.detach()) for a, b in pairs):
         assert got.shape == expected.shape
         assert got.abs().max() == pytest.approx(float(expected.abs().max()), rel=0.01)  # the bound
         assert got.std() == pytest.approx(float(expected.std()), rel=0.05)

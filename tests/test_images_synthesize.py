@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -38,15 +39,24 @@ def one_batch(
     return batch, logged
 
 
-@pytest.mark.parametrize("kind", [Residual, PreActivation, AfterReLU])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_loss_falls_tenfold(kind: type[nn.Module], precision: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "precision", "swings"),
+    [
+        (Residual, "float32", True),
+        (Residual, "bfloat16", True),
+        (PreActivation, "float32", False),
+        (AfterReLU, "float32", True),
+    ],
+)
+def test_loss_falls_tenfold(
+    kind: type[nn.Module], precision: Literal["float32", "bfloat16"], swings: bool
+) -> None:
     teacher = captured(kind)
     state = {name: value.clone() for name, value in teacher.state_dict().items()}
-    settings = Synthesis(num_images=32, steps=250, latent_size=32, precision=precision)  # type: ignore[arg-type]
+    settings = Synthesis(num_images=32, steps=150, latent_size=32, precision=precision, swing=swings)
     batch, logged = one_batch(teacher, settings)
     assert batch.images.shape == (32, *SIZE) and batch.images.dtype == torch.float32
-    assert logged[0][0] == 0 and logged[-1][0] == 249 and len(logged) <= 22
+    assert logged[0][0] == 0 and logged[-1][0] == 149 and len(logged) <= 22
     forward = observe(teacher)(batch.images)
     assert BatchNormStatistics()(forward) < logged[0][1]["bn"] / 10
     for name, value in teacher.state_dict().items():
@@ -71,25 +81,25 @@ def test_first_step_moves_by_the_published_learning_rates(residual: fx.GraphModu
     # the first step of Adam moves everything by lr * g / (|g| + 1e-8)
     assert float((batch.latents - latents).abs().median()) == pytest.approx(0.1, rel=1e-3)
     for (name, new), old in zip(batch.generator.named_parameters(), start.parameters(), strict=True):
-        assert float((new - old).abs().max()) <= 0.01 * 1.001, name
-    moved = batch.generator.linear_weight - start.linear_weight
+        assert float((new - old.detach()).abs().max()) <= 0.01 * 1.001, name
+    moved = batch.generator.linear_weight - start.linear_weight.detach()
     assert float(moved.abs().median()) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_learning_rates_at_the_end(residual: fx.GraphModule) -> None:
-    settings = replace(SHORT, steps=80, generator_decay_interval=2, plateau_patience=100, schedule_steps=0)
+    settings = replace(SHORT, steps=80, generator_decay_interval=2, plateau_patience=100)
     _, logged = one_batch(residual, settings)
     assert logged[-1][1]["lr_generator"] == pytest.approx(0.01 * 0.95**40)  # 1.3e-3, as after 4000 steps
     assert logged[-1][1]["lr_latent"] == pytest.approx(0.1)
     assert Synthesis().steps // Synthesis().generator_decay_interval == 40
 
 
-def test_schedule_shrinks_with_the_steps() -> None:
-    assert schedule(Synthesis()) == (100, 100)
-    assert schedule(Synthesis(steps=8000)) == (100, 100)
-    assert schedule(Synthesis(steps=400)) == (10, 10)
-    assert schedule(Synthesis(steps=7)) == (1, 1)
-    assert schedule(Synthesis(steps=400, schedule_steps=0)) == (100, 100)
+def test_schedule_shrinks_with_the_steps_if_asked() -> None:
+    assert schedule(Synthesis()) == schedule(Synthesis(steps=400)) == (100, 100)
+    assert schedule(Synthesis(schedule_steps=4000)) == (100, 100)
+    assert schedule(Synthesis(steps=8000, schedule_steps=4000)) == (100, 100)
+    assert schedule(Synthesis(steps=400, schedule_steps=4000)) == (10, 10)
+    assert schedule(Synthesis(steps=7, schedule_steps=4000)) == (1, 1)
 
 
 @pytest.mark.parametrize("patience", [1, 3, 20])
@@ -112,18 +122,24 @@ def test_plateau_is_the_rule_of_torch(patience: int) -> None:
     assert seen == {0.1, 0.01, 0.001, 0.0001}
 
 
-def test_optimizer_follows_the_plateau(residual: fx.GraphModule) -> None:
-    """With a learning rate of 0 from the first step on, the latents stay where they started."""
-    settings = replace(SHORT, steps=5, lr_latent=0.0, lr_latent_min=0.0)
-    batch, logged = one_batch(residual, settings)
+def test_latents_take_the_learning_rate_of_the_plateau(residual: fx.GraphModule) -> None:
+    batch, logged = one_batch(residual, replace(SHORT, lr_latent=0.0, lr_latent_min=0.0))
     assert torch.equal(batch.latents, torch.randn(8, 16, generator=rng()))
-    assert logged[-1][1]["lr_latent"] == 0
-    settings = replace(
-        SHORT, steps=60, plateau_patience=5, schedule_steps=0, plateau_factor=1e-6, lr_latent_min=0
-    )
-    batch, logged = one_batch(residual, settings)
-    frozen = next(step for step, values in logged if values["lr_latent"] < 1e-3)
-    assert frozen < 60
+    # a constant loss: the first step sets the mark, the patience of 5 is over at the sixth step after it
+    settings = replace(SHORT, steps=9, plateau_patience=5, bn_weight=0.0, image_weight=0.0)
+    _, logged = one_batch(residual, settings)
+    assert [v["lr_latent"] for _, v in logged] == pytest.approx([0.1] * 6 + [0.01] * 3)
+
+
+def test_fused_adam_reads_a_tensor_learning_rate_anew() -> None:
+    lr, parameter = torch.tensor(0.1), torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.Adam([{"params": [parameter], "lr": lr}], fused=True)
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((2,), -0.1))
+    lr.zero_()
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((2,), -0.1))
 
 
 @pytest.mark.parametrize("size", [(1, 12, 12), (3, 9, 13), (4, 7, 5)])
@@ -141,21 +157,19 @@ def test_no_image_is_dropped() -> None:
     assert batch_sizes(129, 128) == (65, 64)
     assert batch_sizes(261, 128) == (87, 87, 87)
     assert batch_sizes(3, 128) == (3,)
+    assert batch_sizes(5, 2) == (3, 2)
     for num_images in range(2, 70):
         for batch_size in range(2, 40):
             sizes = batch_sizes(num_images, batch_size)
-            assert sum(sizes) == num_images and 2 <= min(sizes) and max(sizes) <= batch_size, (
-                num_images,
-                sizes,
-            )
-            assert len(sizes) == -(-num_images // batch_size)
+            assert sum(sizes) == num_images and min(sizes) >= 2, (num_images, sizes)
+            assert max(sizes) <= batch_size or batch_size == 2  # an odd number in pairs: one batch of three
 
 
 def test_same_seed_same_bits_and_resuming(residual: fx.GraphModule) -> None:
     settings = replace(SHORT, num_images=26, batch_size=9)
     names = []
 
-    def run(finished: dict[str, dict[str, Tensor]], seed: int = 0, stream: str = "synthesis") -> Tensor:
+    def run(finished: dict[str, dict[str, Tensor]], seed: int = 0) -> Tensor:
         return synthesize(
             residual,
             settings,
@@ -163,7 +177,6 @@ def test_same_seed_same_bits_and_resuming(residual: fx.GraphModule) -> None:
             seed=seed,
             finished=finished,
             log=lambda name, step, steps, values: names.append((name, step, steps)),
-            stream=stream,
         )
 
     finished: dict[str, dict[str, Tensor]] = {}
@@ -174,7 +187,6 @@ def test_same_seed_same_bits_and_resuming(residual: fx.GraphModule) -> None:
     assert torch.equal(run(half), images)
     assert torch.equal(run({}), images)
     assert not torch.equal(run({}, seed=1), images)
-    assert not torch.equal(run({}, stream="holdout"), images)
     assert not torch.equal(images[:9], images[9:18])
 
 

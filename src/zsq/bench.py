@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from zsq._version import __version__
 from zsq.bench_table import MARK, NetworkResults, summarise, to_markdown
-from zsq.data import check_labels, load_images, open_dataset
+from zsq.data import Dataset, check_labels, load_images, open_dataset
 from zsq.errors import JobError, UsageError, ZsqError
-from zsq.evaluate import accuracy
+from zsq.evaluate import CHUNK, accuracy
 from zsq.images.settings import Synthesis
 from zsq.models import ModelSource, Teacher, load_model
 from zsq.pipeline import compose_recipe, quantize, synthesize_images
@@ -121,6 +121,7 @@ class Plan:
     """A network, loaded and checked, with its jobs and what is known of them.
 
     Attributes:
+        dataset: its labelled images.
         given: its `images`, (N, C, H, W), normalised, while they are needed.
         float_key: hash of what the float network's accuracy depends on.
         rows, failures: finished rows and error texts.
@@ -128,6 +129,7 @@ class Plan:
 
     network: Network
     teacher: Teacher
+    dataset: Dataset
     jobs: list[Job]
     float_key: str
     given: Tensor | None = None
@@ -162,6 +164,8 @@ def run_bench(
     copy_at = Path(write) if write is not None else None
     _check_outputs(folder, copy_at)
     plans = [_plan(bench, network) for network in bench.networks]
+    for leftover in (*folder.glob(".*.????????"), *(folder / IMAGES).glob(".*.????????")):
+        leftover.unlink(missing_ok=True)  # of a killed write
     finished, floats = _read_rows(folder / ROWS), _read_json(folder / FLOAT)
     for plan in plans:
         plan.rows = {job.cell: finished[job.key] for job in plan.jobs if job.key in finished}
@@ -250,6 +254,7 @@ def read_bench(path: Path) -> Bench:
             f"{path}: name is {bench.name!r}. Expected letters, digits, dots and dashes; it names the output "
             "folder."
         )
+    _check_device(bench.device, path)
     many: list[tuple[str, list[Any]]] = [
         ("names of networks", [network.name for network in bench.networks]),
         ("labels of recipes", [entry.label for entry in bench.recipes]),
@@ -260,6 +265,17 @@ def read_bench(path: Path) -> Bench:
         if len(set(values)) < len(values):
             raise UsageError(f"{path}: the {what} are not all different: {', '.join(map(str, values))}.")
     return bench
+
+
+def _check_device(device: str, path: Path) -> None:
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if match is None:
+        raise UsageError(f'{path}: device is {device!r}. Expected "cpu", "cuda" or "cuda:1".')
+    if device != "cpu" and int(match.group(1) or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"{path}: device is {device!r}, but PyTorch finds {torch.cuda.device_count()} CUDA devices. Give "
+            'device = "cpu".'
+        )
 
 
 def _network(at: "_Fields", shared_bits: list[str]) -> Network:
@@ -293,7 +309,9 @@ def _entry(at: "_Fields") -> Entry:
 
 def _list_of(kind: type | tuple[type, ...]) -> Callable[[Any], bool]:
     def fits(value: Any) -> bool:
-        right = isinstance(value, list) and all(isinstance(v, kind) and v is not True for v in value)
+        right = isinstance(value, list) and all(
+            isinstance(v, kind) and not isinstance(v, bool) for v in value
+        )
         return right and len(value) > 0
 
     return fits
@@ -394,10 +412,6 @@ def _existing(text: str | None, what: str) -> Path | None:
 
 
 def _plan(bench: Bench, network: Network) -> Plan:
-    if bench.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(
-            f'device is "{bench.device}", but PyTorch finds no CUDA device. Give device = "cpu".'
-        )
     of = f"of {network.name}"
     teacher = load_model(
         _expanded(network.model, f"model {of}"),
@@ -415,8 +429,11 @@ def _plan(bench: Bench, network: Network) -> Plan:
             f"The output of {network.name} has shape {teacher.output_shape} for an image. Expected a "
             "classifier, which has one number a class."
         )
-    check_labels(open_dataset(data, teacher.spec), teacher.output_shape[0])
-    measured = {"model": teacher.sha256, "spec": asdict(teacher.spec), "data": _content_hash(data)}
+    dataset = open_dataset(data, teacher.spec)
+    check_labels(dataset, teacher.output_shape[0])
+    # Weights alone do not tell networks apart that differ in code only, hence the name.
+    model_hash = _digest([network.model.rpartition("/")[2], teacher.sha256])
+    measured = {"model": model_hash, "spec": asdict(teacher.spec), "data": _content_hash(data)}
     images_hash = _content_hash(images) if images is not None else None
     jobs = []
     for entry, overrides in _overrides(bench, network):
@@ -446,7 +463,7 @@ def _plan(bench: Bench, network: Network) -> Plan:
                 )
                 for seed in bench.seeds
             ]
-    return Plan(network=network, teacher=teacher, jobs=jobs, float_key=_digest(measured))
+    return Plan(network=network, teacher=teacher, dataset=dataset, jobs=jobs, float_key=_digest(measured))
 
 
 def _overrides(bench: Bench, network: Network) -> Iterator[tuple[Entry, dict[str, Any]]]:
@@ -494,9 +511,7 @@ def _row(
     label, bits, seed = job.cell
     images, seconds = None, None
     if isinstance(job.settings.synthesis, Synthesis):
-        images, seconds = _synthetic_images(
-            job.settings.synthesis, plan.teacher, seed, device, folder, title, say
-        )
+        images, seconds = _synthetic_images(job, job.settings.synthesis, plan, device, folder, title, say)
     elif isinstance(job.settings.synthesis, GivenImages):
         images = _given_images(plan)
     work = _work_folder(folder, job, plan)
@@ -545,11 +560,8 @@ def _row(
 
 def _measure(model: nn.Module, plan: Plan, device: str) -> dict[str, Any]:
     """Accuracy on the network's labelled images: "top1", "top5" and "num_images"."""
-    data = _existing(plan.network.data, f"data of {plan.network.name}")
-    assert data is not None
-    dataset = open_dataset(data, plan.teacher.spec)
     model = model if device == "cpu" else copy.deepcopy(model).to(device)
-    return accuracy(model, dataset.batches(), device=device).to_json()
+    return accuracy(model, plan.dataset.batches(CHUNK), device=device).to_json()
 
 
 def _given_images(plan: Plan) -> Tensor:
@@ -557,16 +569,17 @@ def _given_images(plan: Plan) -> Tensor:
     if plan.given is None:
         path = _existing(plan.network.images, f"images of {plan.network.name}")
         assert path is not None
-        plan.given = load_images(path, plan.teacher.spec, None)
+        plan.given = load_images(path, plan.teacher.spec)
     return plan.given
 
 
 def _synthetic_images(
-    settings: Synthesis, teacher: Teacher, seed: int, device: str, folder: Path, title: str, say: Say
+    job: Job, settings: Synthesis, plan: Plan, device: str, folder: Path, title: str, say: Say
 ) -> tuple[Tensor, float | None]:
     """Images of a network, settings and a seed, made once, then read; and the seconds they took."""
     kind = torch.device(device).type
-    key = _digest([teacher.sha256, teacher.spec.input_size, asdict(settings), seed, kind])
+    teacher, seed = plan.teacher, job.cell[2]
+    key = _digest([job.definition["model"], teacher.spec.input_size, asdict(settings), seed, kind])
     file, about = folder / IMAGES / f"{key}.safetensors", folder / IMAGES / f"{key}.json"
     try:
         return load_safetensors(file.read_bytes())["images"], json.loads(about.read_text())["seconds"]

@@ -7,12 +7,24 @@ from zsq.images.settings import Synthesis
 from zsq.recipe import GaussianNoise, GivenImages, Recipe
 
 BUDGETS = ("quick", "standard", "paper")
-# name -> images, synthesis steps a batch, reconstruction steps a unit
-COUNTS = {"quick": (128, 150, 200), "standard": (256, 500, 1000)}
+LARGE = 64 * 64  # pixels of an input above which a step costs so much more that the counts are smaller
+# (budget, large input) -> images, synthesis steps a batch, reconstruction steps a unit
+COUNTS = {
+    ("quick", False): (128, 150, 200),
+    ("standard", False): (256, 500, 1000),
+    ("quick", True): (32, 50, 50),
+    ("standard", True): (64, 150, 200),
+}
 
 
-def with_budget(recipe: Recipe, budget: str) -> Recipe:
+def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int] | None = None) -> Recipe:
     """The recipe with the counts of a budget; "paper" keeps the published ones, which the recipe holds.
+
+    Args:
+        recipe: with the published counts.
+        budget: "quick" (minutes on two CPU cores), "standard" or "paper".
+        input_size: (C, H, W) of the model; inputs of more than 64 x 64 pixels get smaller counts, since there a step
+            costs fifty times that of 32 x 32.
 
     Raises:
         UsageError: an unknown budget.
@@ -21,7 +33,8 @@ def with_budget(recipe: Recipe, budget: str) -> Recipe:
         raise UsageError(f"The budget must be one of {', '.join(BUDGETS)}, got {budget!r}.")
     if budget == "paper":
         return recipe
-    num_images, synthesis_steps, reconstruction_steps = COUNTS[budget]
+    large = input_size is not None and input_size[1] * input_size[2] > LARGE
+    num_images, synthesis_steps, reconstruction_steps = COUNTS[budget, large]
     source = recipe.synthesis
     if isinstance(source, Synthesis):
         source = replace(source, num_images=num_images, steps=synthesis_steps)

@@ -1,300 +1,653 @@
-"""Labelled real images for evaluation: a folder by class, an npz, a zip with labels.csv, or a Hugging Face dataset."""
+"""Real images: a folder by class, an npz, a zip with labels.csv, or a Hugging Face dataset."""
 
 import csv
 import io
+import logging
+import posixpath
+import re
+import struct
+import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from zsq.architectures import error_summary
 from zsq.errors import UsageError, import_extra
+from zsq.rng import rng_for
 from zsq.teacher import ModelSpec
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-MAX_TABLE_BYTES = 64 * 2**20  # of labels.csv
-RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "box": Image.Resampling.BOX,
-    "bilinear": Image.Resampling.BILINEAR,
-    "hamming": Image.Resampling.HAMMING,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+logger = logging.getLogger(__name__)
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not those that start other programs, as EPS
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+LABELS_FILE = "labels.csv"
+MAX_LABELS_BYTES = 64 * 2**20  # of labels.csv in a zip
+MAX_PICTURE_BYTES = 512 * 2**20  # of a picture in a zip, unpacked
+MAX_RESIZED_PIXELS = 2**26  # a very long picture grows when its shorter side is enlarged
+KINDS = (
+    "a folder with one sub-folder of pictures a class, an .npz file with `images` and `labels`, a .zip of "
+    "pictures with labels.csv, or the name of a Hugging Face dataset (hf:user/name or hf:user/name@split)"
+)
+# What Pillow raises for damaged pictures; zipfile and numpy also for encrypted or otherwise packed archives.
+_DAMAGED = (OSError, ValueError, EOFError, SyntaxError, struct.error, zlib.error)
+_DAMAGED_ARCHIVE = (*_DAMAGED, RuntimeError, zipfile.BadZipFile)
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w.-]+)?", re.ASCII)
+_IMAGE_COLUMNS = ("image", "img", "picture", "pixels")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "digit")
+
+Reader = Callable[[Sequence[int]], Tensor]  # positions -> images (N, C, H, W), prepared
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images that are read when they are needed.
+    """Labelled images, read and prepared for one model when they are needed.
 
     Attributes:
-        name: where they come from, for messages.
-        spec: how they are prepared.
-        labels: int64 (N,), or None if there are none.
-        read: index -> picture.
-        classes: names of the classes, if known.
+        name: where they come from.
+        labels: the class of every image, (N,), int64, >= 0.
+        class_names: one name a class, or () if the source does not name its classes.
+        read: images at some positions.
     """
 
     name: str
-    spec: ModelSpec
-    labels: Tensor | None
-    read: Callable[[int], Image.Image]
-    count: int
-    classes: tuple[str, ...] | None = None
+    labels: Tensor
+    class_names: tuple[str, ...]
+    read: Reader
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.labels)
 
-    def images(self, indices: Sequence[int]) -> Tensor:
-        """Images float32 (N, C, H, W), normalised.
+    @property
+    def num_classes(self) -> int:
+        """How many classes the source names; if it names none, the largest label + 1."""
+        return len(self.class_names) or int(self.labels.max()) + 1
+
+    def batches(self, batch_size: int = 64, *, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of images (N, C, H, W), float32, normalised, and labels (N,), int64, in order.
+
+        Args:
+            batch_size: images a pair; the last pair may have fewer.
+            limit: read at most this many images, drawn once and for all from the whole set, as many sets
+                are sorted by class; None reads all.
 
         Raises:
-            UsageError: one of them is not a picture.
+            UsageError: an image cannot be read, or a number is below 1.
         """
-        return torch.stack([prepare(self._picture(i), self.spec) for i in indices])
-
-    def batches(self, batch_size: int, *, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of normalised images (N, C, H, W) and labels (N,), in order; the last batch may be smaller."""
-        if self.labels is None:
-            raise UsageError(f"{self.name} has no labels, which are needed to measure accuracy.")
-        total = len(self) if limit is None else min(limit, len(self))
-        for start in range(0, total, batch_size):
-            indices = range(start, min(start + batch_size, total))
-            yield self.images(indices), self.labels[indices.start : indices.stop]
-
-    def _picture(self, index: int) -> Image.Image:
-        try:
-            return self.read(index)
-        except Image.DecompressionBombError as error:
-            raise UsageError(f"Picture {index} of {self.name} is refused: {error}") from error
-        except (UnidentifiedImageError, zipfile.BadZipFile, OSError, SyntaxError, EOFError) as error:
-            raise UsageError(f"Picture {index} of {self.name} cannot be read as a picture: {error}") from error
+        _check_positive(batch_size, "batch size")
+        positions = _subset(len(self), len(self) if limit is None else min(limit, len(self)))
+        for start in range(0, len(positions), batch_size):
+            chosen = positions[start : start + batch_size]
+            yield self.read(chosen), self.labels[chosen]
 
 
-def prepare(picture: Image.Image, spec: ModelSpec) -> Tensor:
-    """A picture as the model expects it: (C, H, W), float32, normalised.
+def open_dataset(path_or_name: str | Path, spec: ModelSpec) -> Dataset:
+    """Labelled images for measuring accuracy, in a fixed order.
 
-    Converted to RGB (C = 3) or grey (C = 1). A picture of exactly (H, W) is used as it is; any other is resized so
-    that its shorter side is round(side / crop_fraction), unless it is that already, and its centre is cut out.
+    Args:
+        path_or_name: one of
+            a folder, whose sub-folders sorted by name are the classes 0..K-1 (pictures sorted by name, also
+            from folders further down);
+            an .npz with `images`, uint8, (N, H, W, 3), (N, H, W, 1) or (N, H, W), and integer `labels` (N,);
+            a .zip of pictures with labels.csv (columns `file`, `label`; sorted by file), read in place;
+            a Hugging Face dataset, `hf:name`, `hf:user/name@split` or without `hf:` if there is no such path;
+            the split is by default `test`, else `validation`.
+        spec: size and normalisation of the model's input; see `prepare`.
 
     Raises:
-        UsageError: the model takes neither 1 nor 3 channels.
+        UsageError: nothing is there, it is of another kind, damaged, or its labels are missing or wrong.
     """
-    channels, height, width = spec.input_size
-    if channels not in (1, 3):
-        raise UsageError(f"Pictures have 1 or 3 channels, the model takes {channels}.")
-    picture = picture.convert("RGB" if channels == 3 else "L")
-    if picture.size != (width, height):
-        picture = _resize_and_crop(picture, height, width, spec)
-    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
-    return _normalise(pixels.reshape(height, width, channels).permute(2, 0, 1), spec)
-
-
-def _resize_and_crop(picture: Image.Image, height: int, width: int, spec: ModelSpec) -> Image.Image:
-    wanted_height, wanted_width = (max(n, round(n / spec.crop_fraction)) for n in (height, width))
-    scale = max(wanted_height / picture.height, wanted_width / picture.width)
-    if scale != 1:
-        size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-        picture = picture.resize(size, RESAMPLING[spec.interpolation])
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))
-
-
-def _normalise(pixels: Tensor, spec: ModelSpec) -> Tensor:
-    """uint8 (..., C, H, W) -> float32, ((x / 255) - mean) / std."""
-    mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (spec.mean, spec.std))
-    return (pixels.float() / 255 - mean) / std
-
-
-def open_dataset(source: str | Path, spec: ModelSpec, *, labels_needed: bool = True) -> Dataset:
-    """Open images by path or name; `hf:NAME[@SPLIT]` names a Hugging Face dataset.
-
-    Raises:
-        UsageError: nothing there, an unknown kind, or content that is not as expected.
-    """
-    text, path = str(source), Path(source).expanduser()
-    if text.startswith("hf:"):
-        return _hugging_face(text.removeprefix("hf:"), spec)
-    if path.is_dir():
-        dataset = _folder(path, spec)
-    elif path.suffix == ".npz" and path.is_file():
-        dataset = _npz(path, spec)
-    elif path.suffix == ".zip" and path.is_file():
-        dataset = _zip(path, spec)
-    elif path.exists():
+    source = _open(path_or_name, spec, labelled=True)
+    assert source.labels is not None
+    if int(source.labels.min()) < 0:
         raise UsageError(
-            f"{path} is not a kind of image set that zsq reads. Expected a folder with a sub-folder a class, an .npz with "
-            "images and labels, or a .zip of pictures with labels.csv."
+            f"{source.name} has the label {int(source.labels.min())}. Expected classes from 0 on. Sets that "
+            "keep their labels secret often write -1; take another split or set."
         )
-    elif path.suffix in (".npz", ".zip") or text.startswith(("/", ".", "~")) or text.count("/") > 1:
-        raise UsageError(f"The image set {path} does not exist.")
-    else:
-        dataset = _hugging_face(text, spec)
-    if len(dataset) == 0:
-        raise UsageError(f"{source} holds no pictures.")
-    if labels_needed and dataset.labels is None:
-        raise UsageError(
-            f"{source} has no labels. Expected a sub-folder a class, an array `labels` in the npz, or labels.csv in the zip."
-        )
-    return dataset
+    return Dataset(source.name, source.labels, source.class_names, source.read)
 
 
-def load_images(source: str | Path, spec: ModelSpec, num_images: int | None = None) -> Tensor:
-    """Images only, (N, C, H, W), normalised; labels may be absent. The first `num_images`, or all.
+def load_images(path_or_name: str | Path, spec: ModelSpec, num_images: int | None = None) -> Tensor:
+    """Images without labels, (N, C, H, W), float32, normalised; for example to calibrate with.
+
+    Args:
+        path_or_name: as for `open_dataset`. Labels are not looked at: a folder may hold pictures directly,
+            `labels` may be missing in an npz, labels.csv in a zip.
+        spec: size and normalisation of the model's input; see `prepare`.
+        num_images: how many, drawn once and for all from the whole set, as many sets are sorted by class, and
+            in its order; None reads all.
 
     Raises:
-        UsageError: as for `open_dataset`.
+        UsageError: nothing is there, it is of another kind or damaged, or it holds fewer images.
     """
-    dataset = open_dataset(source, spec, labels_needed=False)
-    count = len(dataset) if num_images is None else min(num_images, len(dataset))
-    return dataset.images(range(count))
+    source = _open(path_or_name, spec, labelled=False)
+    if num_images is not None and num_images > source.count:
+        raise UsageError(
+            f"{num_images} images were asked for, but {source.name} holds {source.count}. Ask for fewer, or "
+            "for no number to take all."
+        )
+    return source.read(_subset(source.count, source.count if num_images is None else num_images))
 
 
 def check_labels(dataset: Dataset, num_classes: int) -> None:
-    """Refuse labels that the model has no output for.
+    """Check that a model with `num_classes` outputs can be measured on `dataset`.
 
     Raises:
-        UsageError: a label is negative or not below `num_classes`.
+        UsageError: a label is `num_classes` or more.
     """
-    if dataset.labels is None or len(dataset.labels) == 0:
-        return
     lowest, highest = int(dataset.labels.min()), int(dataset.labels.max())
-    if lowest < 0 or highest >= num_classes:
+    if highest >= num_classes:
         raise UsageError(
-            f"{dataset.name} has labels {lowest} to {highest}, but the model has {num_classes} outputs (0 to "
-            f"{num_classes - 1}). Evaluate on the classes that the model was trained for, in its order."
+            f"{dataset.name} has the labels {lowest} to {highest}, but the model has {num_classes} outputs, "
+            f"for the classes 0 to {num_classes - 1}. Give images of the classes that the model was trained "
+            "for, numbered in its order."
         )
 
 
-def _folder(path: Path, spec: ModelSpec) -> Dataset:
-    classes = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if classes:
-        pairs = [
-            (file, label)
-            for label, name in enumerate(classes)
-            for file in sorted((path / name).rglob("*"))
-            if file.suffix.lower() in PICTURES
-        ]
+def prepare(picture: Image.Image, spec: ModelSpec) -> Tensor:
+    """A picture as the model expects it, (C, H, W), float32.
+
+    It becomes RGB (C = 3) or grey (C = 1: 0.299 R + 0.587 G + 0.114 B); transparency and orientation tags are
+    ignored. A picture of exactly (H, W) is used as it is. Any other is resized with antialiasing so that its
+    shorter side is round(H / crop_fraction), half to even, the longer one rounded down; or, if (H, W) does
+    not fit into that, which happens only with H < W, so that it just fits. The centre (H, W) is cut out,
+    offsets rounded half to even. Levels 0..255 become [0, 1], then (x - mean) / std.
+
+    Raises:
+        UsageError: more than 8 bits a channel, a shape so long that resizing would need too much memory, or
+            the model takes neither 1 nor 3 channels.
+
+    Source: order and roundings of torchvision's Resize, CenterCrop, ToTensor and Normalize.
+    """
+    channels, height, width = spec.input_size
+    mode = _mode(spec)
+    if picture.mode[0] in "IF":
+        raise UsageError(
+            f"Its pixels have the format {picture.mode}. Expected 8 bits a channel; convert the picture."
+        )
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # Pillow warns about the direct way, to the same colours
+    picture = picture.convert(mode)
+    if picture.size != (width, height):
+        size = _resized_size(picture.size, spec)
+        if picture.size != size:
+            picture = picture.resize(size, Image.Resampling[spec.interpolation.upper()])
+        left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+        picture = picture.crop((left, top, left + width, top + height))
+    pixels = torch.from_numpy(np.array(picture)).view(height, width, channels)
+    return _normalise(pixels.permute(2, 0, 1), spec)
+
+
+def _resized_size(size: tuple[int, int], spec: ModelSpec) -> tuple[int, int]:
+    """(width, height) of a picture of `size` (width, height) before the centre is cut out."""
+    (old_width, old_height), (_, height, width) = size, spec.input_size
+    shorter, old_shorter = round(height / spec.crop_fraction), min(size)
+    new_width, new_height = (shorter * side // old_shorter for side in size)
+    if new_width < width or new_height < height:
+        scale = max(width / old_width, height / old_height)
+        new_width, new_height = max(width, round(scale * old_width)), max(height, round(scale * old_height))
+    if new_width * new_height > max(MAX_RESIZED_PIXELS, old_width * old_height):
+        raise UsageError(
+            f"It has {old_width} x {old_height} pixels and would be enlarged to {new_width} x {new_height}. "
+            "Expected a less extreme shape; leave it out or cut it."
+        )
+    return new_width, new_height
+
+
+def _normalise(pixels: Tensor, spec: ModelSpec) -> Tensor:
+    """Levels (..., C, H, W), uint8 -> (level / 255 - mean) / std, float32."""
+    mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (spec.mean, spec.std))
+    return pixels.contiguous().to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def _mode(spec: ModelSpec) -> str:
+    """Pillow's name of what the model takes."""
+    channels = spec.input_size[0]
+    if channels not in (1, 3):
+        raise UsageError(
+            f"The model takes images of {channels} channels. Pictures can be read for models with 3 channels "
+            "(RGB) or 1 (grey)."
+        )
+    return "RGB" if channels == 3 else "L"
+
+
+def _subset(count: int, wanted: int) -> list[int]:
+    """Rising positions of `wanted` of `count` images; always the same ones, all of them if wanted = count."""
+    _check_positive(wanted, "number of images")
+    if wanted == count:
+        return list(range(count))
+    return sorted(torch.randperm(count, generator=rng_for(0, "data", "subset"))[:wanted].tolist())
+
+
+def _check_positive(value: int, what: str) -> None:
+    if value < 1:
+        raise UsageError(f"The {what} is {value}. Expected at least 1.")
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """Images of one kind of source; labels only if they were asked for."""
+
+    name: str
+    count: int
+    read: Reader
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] = ()
+
+
+def _open(path_or_name: str | Path, spec: ModelSpec, *, labelled: bool) -> _Source:
+    _mode(spec)
+    text = str(path_or_name)
+    path = Path(text).expanduser()
+    if text.startswith("hf:"):
+        source = _hugging_face(text.removeprefix("hf:"), spec, labelled)
+    elif path.is_dir():
+        source = _folder(path, spec, labelled)
+    elif not path.exists():
+        source = _named(text, spec, labelled)
+    elif path.suffix.lower() == ".npz":
+        source = _npz(path, spec, labelled)
+    elif path.suffix.lower() == ".zip":
+        source = _zip(path, spec, labelled)
     else:
-        pairs = [(file, -1) for file in sorted(path.iterdir()) if file.suffix.lower() in PICTURES]
-    labels = torch.tensor([label for _, label in pairs], dtype=torch.int64) if classes else None
-    files = [file for file, _ in pairs]
-    return Dataset(str(path), spec, labels, lambda i: Image.open(files[i]), len(files), tuple(classes) or None)
+        raise UsageError(f"The file {path} is no set of images that zsq can read. Expected {KINDS}.")
+    if source.count == 0:
+        raise UsageError(
+            f"{source.name} holds no images. Expected at least one; pictures end in {', '.join(ENDINGS)}."
+        )
+    return source
 
 
-def _npz(path: Path, spec: ModelSpec) -> Dataset:
+def _named(text: str, spec: ModelSpec, labelled: bool) -> _Source:
+    """What is no path: the name of a Hugging Face dataset if it can be one."""
+    if not _HUB_NAME.fullmatch(text) or Path(text).suffix.lower() in (*ENDINGS, ".npz", ".zip"):
+        raise UsageError(f"The path {text} does not exist. Expected {KINDS}.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("images", "labels") if name in archive.files}
-            found = ", ".join(archive.files) or "none"
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise UsageError(f"{path} cannot be read as an npz of plain arrays: {error}") from error
-    if "images" not in arrays:
-        raise UsageError(f"{path} has no array `images`; its arrays are: {found}.")
-    images, labels = arrays["images"], arrays.get("labels")
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        return _hugging_face(text, spec, labelled)
+    except UsageError as error:
         raise UsageError(
-            f"`images` in {path} is {images.dtype} of shape {images.shape}. Expected uint8 (N, H, W, 3), (N, H, W, 1) or "
-            "(N, H, W)."
-        )
-    images = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
-    if labels is not None and (not np.issubdtype(labels.dtype, np.integer) or labels.shape != (len(images),)):
-        raise UsageError(
-            f"`labels` in {path} is {labels.dtype} of shape {labels.shape}. Expected integers of shape ({len(images)},)."
-        )
-    found_labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-    return Dataset(str(path), spec, found_labels, lambda i: Image.fromarray(images[i]), len(images))
+            f"The path {text} does not exist; taken as a Hugging Face dataset: {error}"
+        ) from error
 
 
-def _zip(path: Path, spec: ModelSpec) -> Dataset:
+# Pictures
+
+
+def _pictures(
+    fetch: Callable[[int], Any], name_of: Callable[[int], str], spec: ModelSpec, *, threads: int | None = None
+) -> Reader:
+    """Reader of encoded pictures; `fetch` gives a path, the bytes of a file, or a picture."""
+
+    def prepared(index: int) -> Tensor:
+        picture = _decode(fetch, index, name_of)
+        try:
+            return prepare(picture, spec)
+        except UsageError as error:
+            raise UsageError(f"The picture {name_of(index)} cannot be used. {error}") from error
+
+    def read(positions: Sequence[int]) -> Tensor:
+        images = torch.empty(len(positions), *spec.input_size)
+        # The filter holds for all threads; it is set here because setting it in them would be a race.
+        with warnings.catch_warnings(), ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            for image, values in zip(images, pool.map(prepared, positions), strict=True):
+                image.copy_(values)
+        return images
+
+    return read
+
+
+def _decode(fetch: Callable[[int], Any], index: int, name_of: Callable[[int], str]) -> Image.Image:
+    """The picture at `index`, all its pixels read and its file closed."""
+    try:
+        file = fetch(index)
+        if isinstance(file, Image.Image):
+            file.load()
+            return file
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as picture:
+            picture.load()
+            return picture
+    except UsageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UsageError(
+            f"The picture {name_of(index)} is refused: it has more pixels than Pillow takes "
+            f"({_one_line(error)}). Leave it out, or make it smaller."
+        ) from error
+    except _DAMAGED as error:
+        raise UsageError(
+            f"The picture {name_of(index)} cannot be read ({_one_line(error)}). Expected an undamaged file "
+            f"in one of the formats {', '.join(FORMATS)}; replace it or leave it out."
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+# Folders
+
+
+def _folder(path: Path, spec: ModelSpec, labelled: bool) -> _Source:
+    entries = sorted((e for e in path.iterdir() if not e.name.startswith(".")), key=lambda e: e.name)
+    folders = [entry for entry in entries if entry.is_dir()]
+    names = tuple(folder.name for folder in folders)
+    loose = [entry for entry in entries if entry.suffix.lower() in ENDINGS and entry.is_file()]
+    if labelled:
+        _check_class_folders(path, names, len(loose))
+    found = [(file, label) for label, folder in enumerate(folders) for file in _pictures_below(folder)]
+    files = ([] if labelled else loose) + [file for file, _ in found]
+    return _Source(
+        name=f"The folder {path}",
+        count=len(files),
+        read=_pictures(lambda index: files[index], lambda index: str(files[index]), spec),
+        labels=torch.tensor([label for _, label in found], dtype=torch.int64) if labelled else None,
+        class_names=names if labelled else (),
+    )
+
+
+def _check_class_folders(path: Path, names: tuple[str, ...], num_loose: int) -> None:
+    if not names:
+        raise UsageError(
+            f"The folder {path} has no sub-folders ({num_loose} pictures lie in it directly). Expected one "
+            "sub-folder of pictures for every class, sorted by name as the classes 0, 1, 2 ..."
+        )
+    if SPLITS.issuperset(name.lower() for name in names):
+        raise UsageError(
+            f"The sub-folders of {path} are called {', '.join(names)}: parts of a set, not classes. "
+            f"Name one of them, for example {path / names[-1]}."
+        )
+    if all(name.isdecimal() for name in names) and sorted(names, key=int) != list(names):
+        logger.warning(
+            "The sub-folders of %s are numbers, but sorted by name: %s ... are the classes 0, 1, 2 ... "
+            "Write 00, 01, 02 ... if the numbers are meant.",
+            path,
+            ", ".join(names[:3]),
+        )
+
+
+def _pictures_below(folder: Path) -> list[Path]:
+    """All pictures in `folder` and further down, without hidden ones, sorted."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in ENDINGS
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+
+
+# Arrays
+
+
+def _npz(path: Path, spec: ModelSpec, labelled: bool) -> _Source:
+    arrays = _npz_arrays(path, ("images", "labels") if labelled else ("images",))
+    images = arrays["images"]
+    if images.ndim == 3:
+        images = images[..., None]
+    if (
+        images.dtype != np.uint8
+        or images.ndim != 4
+        or images.shape[3] not in (1, 3)
+        or 0 in images.shape[1:3]
+    ):
+        raise UsageError(
+            f"The array `images` in {path} is {images.dtype} of shape {arrays['images'].shape}. Expected "
+            "uint8, levels 0 to 255, of shape (N, H, W, 3), (N, H, W, 1) or (N, H, W)."
+        )
+    labels = arrays.get("labels")
+    if labels is not None:
+        if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+            raise UsageError(
+                f"The array `labels` in {path} is {labels.dtype} of shape {labels.shape}. Expected one "
+                f"integer an image, shape ({len(images)},)."
+            )
+        if len(labels) != len(images):
+            raise UsageError(
+                f"{path} has {len(images)} images but {len(labels)} labels. Expected one label an image."
+            )
+    return _Source(
+        name=f"The file {path}",
+        count=len(images),
+        read=_array_reader(images, spec),
+        labels=torch.from_numpy(labels.astype(np.int64)) if labels is not None else None,
+    )
+
+
+def _npz_arrays(path: Path, wanted: Iterable[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """The `wanted` arrays; no others are read, and pickled objects never."""
+    expected = "Expected what numpy.savez(file, images=images, labels=labels) writes, without pickled objects"
+    try:
+        with path.open("rb") as file:  # numpy leaves a damaged file open that it opened itself
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise UsageError(f"The file {path} holds a single array. {expected}.")
+            with archive:
+                names = archive.files
+                arrays = {name: archive[name] for name in wanted if name in names}
+    except UsageError:
+        raise
+    except _DAMAGED_ARCHIVE as error:
+        raise UsageError(
+            f"The file {path} cannot be read as arrays ({_one_line(error)}): it is damaged, cut short or of "
+            f"another kind. {expected}."
+        ) from error
+    if missing := [name for name in wanted if name not in arrays]:
+        raise UsageError(
+            f"The file {path} has no array named {' and none named '.join(missing)}; it has "
+            f"{', '.join(sorted(names)) or 'none'}. {expected}."
+        )
+    return arrays
+
+
+def _array_reader(images: np.ndarray[Any, Any], spec: ModelSpec) -> Reader:
+    """Reader of levels (N, H, W, 1 or 3); those that need no conversion are taken together."""
+    channels, height, width = spec.input_size
+
+    def read(positions: Sequence[int]) -> Tensor:
+        chosen = images[np.asarray(positions)]
+        if images.shape[1:3] == (height, width) and images.shape[3] in (1, channels):
+            pixels = torch.from_numpy(chosen).permute(0, 3, 1, 2)
+            return _normalise(pixels.expand(-1, channels, -1, -1), spec)
+        grey = images.shape[3] == 1
+        return torch.stack([prepare(Image.fromarray(x[..., 0] if grey else x), spec) for x in chosen])
+
+    return read
+
+
+# Zip files
+
+
+def _zip(path: Path, spec: ModelSpec, labelled: bool) -> _Source:
     try:
         archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path} cannot be read as a zip: {error}") from error
-    members = {info.filename: info for info in archive.infolist()}
-    table = next((n for n in sorted(members) if n == "labels.csv" or n.endswith("/labels.csv")), None)
-
-    def read_member(name: str) -> Image.Image:
-        return Image.open(io.BytesIO(archive.read(name)))
-
-    if table is None:
-        names = [n for n in sorted(members) if Path(n).suffix.lower() in PICTURES]
-        return Dataset(str(path), spec, None, lambda i: read_member(names[i]), len(names))
-    rows = _label_rows(path, archive, members[table])
-    base = table.removesuffix("labels.csv")
-    files, labels = [], []
-    for number, (file, label) in enumerate(rows, start=2):
-        name = file if file in members else base + file
-        if name not in members:
-            raise UsageError(f"labels.csv in {path}, line {number}, names {file!r}, which is not in the zip.")
-        try:
-            labels.append(int(label))
-        except ValueError as error:
-            raise UsageError(
-                f"labels.csv in {path}, line {number}, has the label {label!r}. Expected a whole number."
-            ) from error
-        files.append(name)
-    return Dataset(
-        str(path), spec, torch.tensor(labels, dtype=torch.int64), lambda i: read_member(files[i]), len(files)
+    except _DAMAGED_ARCHIVE as error:
+        raise UsageError(
+            f"The file {path} cannot be read as a zip ({_one_line(error)}): it is damaged, cut short or of "
+            "another kind. Fetch or make it again."
+        ) from error
+    members = {
+        info.filename: info
+        for info in archive.infolist()
+        if not info.is_dir() and not info.filename.startswith("__MACOSX/")
+    }
+    if labelled:
+        rows = sorted(_labels_in_zip(archive, members))
+        files = [file for file, _ in rows]
+    else:
+        files = sorted(
+            name
+            for name in members
+            if name.lower().endswith(ENDINGS) and not posixpath.basename(name).startswith(".")
+        )
+    return _Source(
+        name=f"The file {path}",
+        count=len(files),
+        read=_pictures(
+            lambda index: _member(archive, members[files[index]], MAX_PICTURE_BYTES),
+            lambda index: f"{files[index]} in {path}",
+            spec,
+        ),
+        labels=torch.tensor([label for _, label in rows], dtype=torch.int64) if labelled else None,
     )
 
 
-def _label_rows(path: Path, archive: zipfile.ZipFile, table: zipfile.ZipInfo) -> list[tuple[str, str]]:
-    if table.file_size > MAX_TABLE_BYTES:
-        raise UsageError(f"labels.csv in {path} has {table.file_size} bytes, more than {MAX_TABLE_BYTES}.")
-    try:
-        text = archive.read(table).decode("utf-8-sig")
-    except (zipfile.BadZipFile, UnicodeDecodeError, OSError, RuntimeError) as error:
-        raise UsageError(f"labels.csv in {path} cannot be read: {error}") from error
-    reader = csv.DictReader(io.StringIO(text))
-    columns = reader.fieldnames or []
-    if "file" not in columns or "label" not in columns:
+def _labels_in_zip(
+    archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo]
+) -> Iterator[tuple[str, int]]:
+    """Member and label for every row of the labels.csv that lies least deep."""
+    tables = sorted((n for n in members if posixpath.basename(n) == LABELS_FILE), key=lambda n: n.count("/"))
+    path = archive.filename
+    if not tables:
         raise UsageError(
-            f"labels.csv in {path} has the columns {', '.join(columns) or 'none'}. Expected `file` and `label`."
+            f"The file {path} has no {LABELS_FILE}. Expected it beside the pictures, with the columns "
+            "file,label."
         )
-    return [(row["file"] or "", row["label"] or "") for row in reader]
+    if len(tables) > 1 and tables[0].count("/") == tables[1].count("/"):
+        raise UsageError(
+            f"The file {path} has more than one {LABELS_FILE}: {tables[0]} and {tables[1]}. Expected one."
+        )
+    folder, where = posixpath.dirname(tables[0]), f"{tables[0]} in {path}"
+    seen = set()
+    for line, file, label in _rows(_member(archive, members[tables[0]], MAX_LABELS_BYTES), where):
+        relative = file.replace("\\", "/")
+        found = (posixpath.normpath(posixpath.join(base, relative)) for base in (folder, ""))
+        name = next((candidate for candidate in found if candidate in members), None)
+        if name is None:
+            raise UsageError(
+                f"Line {line} of {where} names the file {file!r}, which is not in the zip. Expected the "
+                f"path of a picture, seen from the folder of {LABELS_FILE}."
+            )
+        if name in seen:
+            raise UsageError(f"Line {line} of {where} names {file!r} again. Expected one label a picture.")
+        if not re.fullmatch("[0-9]{1,9}", label):
+            raise UsageError(
+                f"Line {line} of {where} has the label {label!r}. Expected the number of a class, 0, 1, 2 ..."
+            )
+        seen.add(name)
+        yield name, int(label)
 
 
-def _hugging_face(text: str, spec: ModelSpec) -> Dataset:
+def _rows(content: bytes, where: str) -> Iterator[tuple[int, str, str]]:
+    """Line number, file and label of every row of a labels.csv."""
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), skipinitialspace=True)
+        columns = [column.strip() for column in reader.fieldnames or ()]
+        if not {"file", "label"} <= set(columns):
+            raise UsageError(
+                f"{where} has the columns {', '.join(columns) or '(none)'}. Expected file "
+                "and label, between commas."
+            )
+        reader.fieldnames = columns
+        for row in reader:
+            yield reader.line_num, (row["file"] or "").strip(), (row["label"] or "").strip()
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{where} cannot be read ({_one_line(error)}). Expected a table in UTF-8 with commas."
+        ) from error
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> bytes:
+    """Content of a file in a zip; at most as long as its directory says."""
+    where = f"{info.filename} in {archive.filename}"
+    if info.file_size > limit:
+        raise UsageError(f"{where} is refused: it unpacks to {info.file_size} bytes, more than {limit}.")
+    try:
+        return archive.read(info)
+    except _DAMAGED_ARCHIVE as error:
+        raise UsageError(
+            f"{where} cannot be read ({_one_line(error)}): the zip is damaged, encrypted or packed by an "
+            "unknown method. Make it again."
+        ) from error
+
+
+# Hugging Face datasets
+
+
+def _hugging_face(text: str, spec: ModelSpec, labelled: bool) -> _Source:
     name, _, split = text.partition("@")
     datasets = import_extra("datasets", "hf")
-    try:
-        loaded: Any = datasets.load_dataset(name)
-    except Exception as error:  # the library raises its own, requests' and OSErrors alike
+    splits = [str(found) for found in _from_hub(datasets.get_dataset_split_names, name)]
+    split = split or next((s for s in ("test", "validation") if s in splits), "")
+    if split not in splits:
+        came = f"no split {split!r}" if split else "neither a split 'test' nor 'validation'"
+        example = f"hf:{name}@{splits[0]}" if splits else f"hf:{name}@SPLIT"
         raise UsageError(
-            f"The image set {name!r} is no path that exists, and Hugging Face gives no dataset of this name: {error}"
-        ) from error
-    splits = list(loaded)
-    chosen = split or next((s for s in ("test", "validation", "val") if s in splits), "")
-    if chosen not in splits:
-        raise UsageError(
-            f"The dataset {name!r} has the splits {', '.join(splits)}. Name one, for example hf:{name}@{splits[0]}."
+            f"The Hugging Face dataset {name} has {came}. It has {', '.join(splits) or 'none'}; name one, "
+            f"for example {example}."
         )
-    rows = loaded[chosen]
-    kinds = {column: type(feature).__name__ for column, feature in rows.features.items()}
-    image = _column(kinds, "Image", ("image", "img", "picture"), name)
-    label = _column(kinds, "ClassLabel", ("label", "labels", "fine_label", "class"), name)
-    return Dataset(
-        f"{name}@{chosen}",
-        spec,
-        torch.tensor([int(v) for v in rows[label]], dtype=torch.int64),
-        lambda i: rows[int(i)][image],
-        len(rows),
+    rows = _from_hub(datasets.load_dataset, name, split=split)
+    features = dict(rows.features)
+    images = _column(features, "Image", _IMAGE_COLUMNS, name)
+    labels, class_names = None, ()
+    if labelled:
+        column = _column(features, "ClassLabel", _LABEL_COLUMNS, name)
+        labels = _label_tensor(list(rows[column]), column, name)
+        class_names = tuple(getattr(features[column], "names", None) or ())
+    return _Source(
+        name=f"The Hugging Face dataset {name}@{split}",
+        count=len(rows),
+        # One thread: the library does not promise that rows can be read from several.
+        read=_pictures(
+            lambda index: _picture_of(rows[index][images]),
+            lambda index: f"in row {index} of {name}@{split}",
+            spec,
+            threads=1,
+        ),
+        labels=labels,
+        class_names=class_names,
     )
 
 
-def _column(kinds: dict[str, str], kind: str, names: tuple[str, ...], dataset: str) -> str:
-    typed = [column for column, found in kinds.items() if found == kind]
-    named = [column for column in names if column in kinds]
-    found = [c for c in named if c in typed] or typed or named
-    if not found:
+def _from_hub(call: Callable[..., Any], name: str, **options: str) -> Any:
+    try:
+        return call(name, **options)
+    except Exception as error:  # of many packages: network, permissions, file formats, the library's own
         raise UsageError(
-            f"The dataset {dataset!r} has no {'image' if kind == 'Image' else 'label'} column; its columns are: "
-            f"{', '.join(kinds)}."
+            f"The Hugging Face dataset {name} could not be loaded ({error_summary(error)}). Check the name "
+            "and the network; without a network only datasets fetched before can be used."
+        ) from error
+
+
+def _column(features: dict[str, Any], kind: str, usual: tuple[str, ...], dataset: str) -> str:
+    """The column of type `kind`; among several, or if there is none, the first of the `usual` names."""
+    typed = [column for column, feature in features.items() if type(feature).__name__ == kind]
+    if len(typed) == 1:
+        return typed[0]
+    if found := [column for column in usual if column in (typed or features)]:
+        return found[0]
+    what = f"more than one column of type {kind}" if typed else f"no column of type {kind}"
+    raise UsageError(
+        f"The Hugging Face dataset {dataset} has {what} and none called {', '.join(usual)}; its columns are "
+        f"{', '.join(features)}. Expected a set for image classification."
+    )
+
+
+def _label_tensor(values: list[Any], column: str, dataset: str) -> Tensor:
+    wrong = [value for value in values if not isinstance(value, int) or isinstance(value, bool)]
+    if wrong:
+        raise UsageError(
+            f"The column {column} of the Hugging Face dataset {dataset} holds {wrong[0]!r}. Expected the "
+            "number of a class in every row."
         )
-    return found[0]
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _picture_of(value: Any) -> Any:
+    """A cell of an image column: a picture, or a dictionary with the bytes or the path of its file."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, Image.Image | bytes | str):
+        raise UsageError(
+            f"A cell of the image column holds a {type(value).__name__}. Expected a picture or "
+            "the content of its file."
+        )
+    return value

@@ -81,8 +81,9 @@ def compose_recipe(
     ends: str | None = None,
     budget: str = "paper",
     overrides: Mapping[str, Any] | None = None,
+    input_size: tuple[int, int, int] | None = None,
 ) -> Recipe:
-    """A recipe by name with bits, budget and single settings replaced, in this order.
+    """A recipe by name with bits, budget (for models of `input_size`) and single settings replaced, in this order.
 
     Raises:
         UsageError: an unknown name, bits, budget or setting.
@@ -92,7 +93,7 @@ def compose_recipe(
         scheme = found.scheme
         scheme = parse_bits(scheme.bits if bits is None else bits, ends=scheme.ends if ends is None else ends)
         found = replace(found, scheme=scheme)
-    return with_overrides(with_budget(found, budget), overrides or {})
+    return with_overrides(with_budget(found, budget, input_size=input_size), overrides or {})
 
 
 def quantize(
@@ -134,7 +135,10 @@ def quantize(
         JobError: the job failed; what was finished in `out` is kept.
     """
     teacher = load_model(model)
-    settings = compose_recipe(recipe, bits=bits, ends=ends, budget=budget, overrides=overrides)
+    size = teacher.spec.input_size
+    settings = compose_recipe(
+        recipe, bits=bits, ends=ends, budget=budget, overrides=overrides, input_size=size
+    )
     if images is not None:
         settings = _with_given_images(settings, teacher, images)
         images = images.detach().float().cpu()
@@ -188,7 +192,7 @@ def synthesize_images(
         UsageError: as for `quantize`, or a recipe that makes no images.
     """
     teacher = load_model(model)
-    settings = compose_recipe(recipe, budget=budget, overrides=overrides)
+    settings = compose_recipe(recipe, budget=budget, overrides=overrides, input_size=teacher.spec.input_size)
     if isinstance(settings.synthesis, GivenImages):
         raise UsageError(f"The recipe {settings.name!r} makes no images.")
     target = torch.device(device)

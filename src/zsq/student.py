@@ -40,7 +40,7 @@ def student_to_bytes(student: fx.GraphModule) -> bytes:
     """
     tensors: dict[str, Tensor] = {}
     quantizers: dict[str, dict[str, Any]] = {}
-    for name, module in student.named_modules():
+    for name, module in sorted(student.named_modules(), key=lambda item: item[0]):
         if isinstance(module, WeightQuantizer):
             quantizers[name] = {
                 "kind": "weight",
@@ -119,11 +119,14 @@ def student_from_file(path: Path) -> fx.GraphModule:
 
 
 def _refuse_code(nodes: list[dict[str, Any]]) -> None:
-    """Refuse names that would become Python code in the forward that torch.fx writes, and operations on files.
+    """Refuse names that would become Python code in the forward that torch.fx writes, and file operations.
 
     Raises:
-        ValueError: there is one.
+        ValueError: there is one, or not one image tensor in and one output.
     """
+    ends = [node["op"] for node in nodes if node["op"] in ("placeholder", "output")]
+    if ends != ["placeholder", "output"] or nodes[-1]["op"] != "output":
+        raise ValueError(f"the graph has {ends} instead of one input and one output")
     for node in nodes:
         op, target = node["op"], node["target"]
         names = [*node["kwargs"], *([target] if op == "placeholder" else [])]

@@ -1,6 +1,12 @@
 """Capture a model as a graph of ATen operations that shares the model's own parameters."""
 
+import inspect
+import io
+import logging
 import operator
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -11,7 +17,7 @@ from torch.utils import _pytree as pytree
 from zsq.errors import UsageError
 
 aten = torch.ops.aten
-# Operations that are the identity on a model in eval mode, with the position of the tensor they pass through.
+# Operations that return their first argument itself on a model in eval mode.
 IDENTITIES: frozenset[Any] = frozenset(
     {
         aten.dropout.default,
@@ -19,7 +25,6 @@ IDENTITIES: frozenset[Any] = frozenset(
         aten.alpha_dropout.default,
         aten.alias.default,
         aten.detach.default,
-        aten.lift_fresh_copy.default,
     }
 )
 LAYERS: dict[Any, int] = {  # operation -> axis of its weight that counts output channels
@@ -53,29 +58,25 @@ def capture(module: nn.Module, input_size: tuple[int, int, int]) -> fx.GraphModu
     Source: torch.export (training IR, no decompositions).
     """
     module = module.eval()
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    _check_inputs(module)
+    device = device_of(module)
     example = torch.zeros(2, *input_size, device=device)
     batch = torch.export.Dim("batch", min=1)
     try:
-        program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
-        graph_module = program.module(check_guards=False)
+        with _quiet():
+            program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
+            graph_module = program.module(check_guards=False)
     except Exception as error:  # torch.export raises dozens of unrelated classes
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UsageError(
-            f"torch.export cannot capture this model with a variable batch size and input {input_size}: {reason} "
-            "zsq needs a forward without branches on tensor values; try a scripted-free, plain version of it."
-        ) from error
+        raise UsageError(_explain(error, input_size)) from error
     graph_module = _flat_signature(graph_module)
-    _remove_in_place(graph_module)
     _remove_identities(graph_module)
+    _remove_in_place(graph_module)
+    _remove_unused(graph_module)
     _fold_constants(graph_module)
     graph_module.graph.lint()
     graph_module.recompile()
-    _check(
-        graph_module,
-        module,
-        torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0)).to(device),
-    )
+    images = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
+    _check(graph_module, module, images.to(device))
     return graph_module
 
 
@@ -136,6 +137,55 @@ def get_tensor(module: nn.Module, name: str) -> Tensor:
     return value
 
 
+def _check_inputs(module: nn.Module) -> None:
+    """Refuse a forward that one tensor is not enough for."""
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise UsageError(
+            f"The model's forward takes {signature}; zsq needs a model of one image tensor. Wrap it in a "
+            "module whose forward takes the images alone."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.export from printing the graph of a failed capture, and from logging."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _explain(error: Exception, input_size: tuple[int, int, int]) -> str:
+    """One paragraph for a failure of torch.export: which kind it is and what to change."""
+    text = str(error)
+    places = re.findall(r'File "([^"]+)", line (\d+), in \w+', text)
+    where = f" ({places[-1][0]}, line {places[-1][1]})" if places else ""
+    if "data-dependent" in text:
+        return (
+            f"The model cannot be captured: its forward takes another path, or another shape, depending on the "
+            f"values in a tensor{where}. zsq needs a forward without `if`, `.item()` or loops on tensor values; "
+            "replace them by torch.where or masks."
+        )
+    if "Constraints violated (batch)" in text:
+        return (
+            "The model cannot be captured: its forward depends on the number of images (a branch or loop over "
+            "x.shape[0], or a reshape that fixes it). zsq needs one forward for any batch size; write "
+            "x.flatten(1) or x.view(x.shape[0], -1)."
+        )
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return (
+        f"torch.export cannot capture this model with input {input_size}: {type(error).__name__}: "
+        f"{reason.rstrip('.')}. Check the input size; zsq needs a forward of plain tensor operations, without "
+        "NumPy, branches on tensor values or a fixed batch size."
+    )
+
+
 def _flat_signature(exported: fx.GraphModule) -> fx.GraphModule:
     """Replace the pytree calling convention of torch.export by one tensor in, a tensor or a flat tuple out."""
     graph = fx.Graph()
@@ -184,20 +234,29 @@ def _remove_in_place(graph_module: fx.GraphModule) -> None:
 
 
 def _remove_identities(graph_module: fx.GraphModule) -> None:
+    """Remove dropout and the like; before in-place writes are, because they return the tensor that is written."""
     for node in list(graph_module.graph.nodes):
-        if node.op != "call_function":
-            continue
         source = node.args[0] if node.args else None
+        if node.op != "call_function" or not isinstance(source, fx.Node):
+            continue
         noop = node.target in IDENTITIES or (
-            node.target is aten.slice.Tensor
-            and isinstance(source, fx.Node)
-            and getattr(node.meta.get("val"), "shape", 0) == getattr(source.meta.get("val"), "shape", 1)
+            node.target is aten.slice.Tensor and _shape(node) is not None and _shape(node) == _shape(source)
         )
-        if noop and isinstance(source, fx.Node):
+        if noop:
             node.replace_all_uses_with(source)
             graph_module.graph.erase_node(node)
-        elif not node.users and node.target not in (operator.getitem,):
-            graph_module.graph.erase_node(node)  # assertions on metadata and the like
+
+
+def _shape(node: fx.Node) -> tuple[str, ...] | None:
+    value = node.meta.get("val")
+    return tuple(map(str, value.shape)) if isinstance(value, Tensor) else None
+
+
+def _remove_unused(graph_module: fx.GraphModule) -> None:
+    """Remove what nothing reads, also assertions on metadata, which fx keeps."""
+    for node in reversed(list(graph_module.graph.nodes)):
+        if node.op == "call_function" and not node.users:
+            graph_module.graph.erase_node(node)
 
 
 def _fold_constants(graph_module: fx.GraphModule) -> None:
@@ -218,20 +277,23 @@ def _fold_constants(graph_module: fx.GraphModule) -> None:
                 known[node] = value
     for node in list(graph.nodes):
         if node.op == "call_function" and node in known and any(u not in known for u in node.users):
-            name = f"constant_{node.name}"
-            if "weight" in node.name or any(u.target in LAYERS and u.args[1] is node for u in node.users):
-                name += ".weight"
-                graph_module.add_submodule(name.rpartition(".")[0], nn.Module())
-                graph_module.get_submodule(name.rpartition(".")[0]).register_buffer(
-                    "weight", known[node].detach()
-                )
-            else:
-                graph_module.register_buffer(name, known[node].detach())
+            layer = next((u for u in node.users if u.target in LAYERS and u.args[1] is node), None)
+            path = module_path(layer) if layer is not None else ""
+            name = f"{path}.constant_{node.name}".lstrip(".")
+            _register(graph_module, name, known[node].detach())
             with graph.inserting_before(node):
                 constant = graph.get_attr(name)
             constant.meta = dict(node.meta)
             node.replace_all_uses_with(constant)
     graph.eliminate_dead_code()
+
+
+def _register(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> None:
+    """Put a buffer at a dotted name, with plain modules on the way."""
+    owner, _, leaf = name.rpartition(".")
+    if owner:
+        graph_module.add_submodule(owner, nn.Module()) if not _has_module(graph_module, owner) else None
+    graph_module.get_submodule(owner).register_buffer(leaf, tensor)
 
 
 def _check(graph_module: fx.GraphModule, module: nn.Module, images: Tensor) -> None:

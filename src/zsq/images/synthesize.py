@@ -1,5 +1,6 @@
 """Synthesise images: train latents and a generator until the teacher's statistics are met, batch by batch."""
 
+import math
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +48,6 @@ def synthesize(
     seed: int,
     finished: Finished,
     log: Log,
-    stream: str = "synthesis",
 ) -> Tensor:
     """Images in batches that know nothing of one another; each has its own stream of `seed`.
 
@@ -55,10 +55,9 @@ def synthesize(
         teacher: captured network with its BatchNorm layers, on the device to compute on; untouched.
         settings: how many, and how.
         input_size: (C, H, W) of the teacher's images.
-        seed: batch k draws from the stream (`stream`, k) of it, so batches can be made in any order.
+        seed: batch k draws from the stream ("synthesis", k) of it, so batches can be made in any order.
         finished: {"images": ...} of finished batches by name; those found there are taken over, others added.
         log: called as log(batch name, step, steps, values) a few times a batch.
-        stream: another name gives other images of the same seed; batches are called after it.
 
     Returns:
         (num_images, C, H, W), normalised, float32, on the CPU.
@@ -69,14 +68,14 @@ def synthesize(
     """
     batches = []
     for index, num_images in enumerate(batch_sizes(settings.num_images, settings.batch_size)):
-        name = f"{stream}-{index:03d}"
+        name = f"synthesis-{index:03d}"
         if name not in finished:
             batch = synthesize_batch(
                 teacher,
                 settings,
                 input_size,
                 num_images,
-                rng=rng_for(seed, stream, index),
+                rng=rng_for(seed, "synthesis", index),
                 log=partial(_log_batch, log, name, settings.steps),
             )
             finished[name] = {"images": batch.images.cpu()}
@@ -130,7 +129,7 @@ def synthesize_batch(
         fused=True,
     )
     reduced = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
-    log_every = max(1, settings.steps // LOGS_A_BATCH)
+    log_every = math.ceil(settings.steps / LOGS_A_BATCH)
     still = [[0, 0]] * num_swinging
     for step in range(settings.steps):
         shifts = draw_shifts(num_swinging, rng) if settings.swing else still
@@ -193,8 +192,7 @@ class Plateau:
 def schedule(settings: Synthesis) -> tuple[int, int]:
     """Patience of the latents' learning rate and decay interval of the generator's, in steps.
 
-    As set if there are at least `schedule_steps` steps, else in proportion, so that the generator's learning
-    rate ends where the long schedule ends.
+    As set, or in proportion to the steps if there are fewer than `schedule_steps`.
     """
     share = min(1.0, settings.steps / settings.schedule_steps) if settings.schedule_steps else 1.0
     patience, interval = settings.plateau_patience, settings.generator_decay_interval
@@ -202,9 +200,9 @@ def schedule(settings: Synthesis) -> tuple[int, int]:
 
 
 def batch_sizes(num_images: int, batch_size: int) -> tuple[int, ...]:
-    """Full batches and one of what remains; sizes as equal as possible if the last would be too small."""
+    """Full batches and one of what remains; sizes as equal as possible if that one would be too small."""
     full, rest = divmod(num_images, batch_size)
     if not full or rest == 0 or rest >= min(SMALLEST_BATCH, batch_size):
         return (batch_size,) * full + ((rest,) if rest else ())
-    count = full + 1
+    count = full + 1 if num_images >= 2 * (full + 1) else full
     return tuple(num_images // count + (index < num_images % count) for index in range(count))

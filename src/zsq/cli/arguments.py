@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zsq import terminal
+from zsq.cli.call import call
+from zsq.cli.terminal import say
 from zsq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,9 +35,8 @@ SetOption = Annotated[
         "--set", metavar="KEY=VALUE", help="replace one setting of `zsq show RECIPE`; can be repeated"
     ),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="all randomness follows from it")]
+SeedOption = Annotated[int, typer.Option(min=0, metavar="N", help="all randomness follows from it")]
 DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="where to compute")]
-OutOption = Annotated[Path | None, typer.Option(help="folder to write")]
 ForceOption = Annotated[bool, typer.Option("--force", help="replace an earlier run in --out")]
 WeightsOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="weights of MODEL: .safetensors, .pt or .pth")
@@ -53,8 +53,22 @@ StdOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on stdout and nothing else there")]
 
 
+def _turn_on_debug(value: bool) -> bool:
+    call.debug |= value
+    return value
+
+
+DebugOption = Annotated[
+    bool, typer.Option("--debug", callback=_turn_on_debug, help="show the traceback of an error")
+]
+
+
 def read_settings(texts: Sequence[str] | None) -> dict[str, str]:
-    """["synthesis.steps=500"] -> {"synthesis.steps": "500"}."""
+    """["synthesis.steps=500"] -> {"synthesis.steps": "500"}.
+
+    Raises:
+        UsageError: a text without key, "=" or value.
+    """
     found = {}
     for text in texts or ():
         key, equals, value = text.partition("=")
@@ -64,8 +78,12 @@ def read_settings(texts: Sequence[str] | None) -> dict[str, str]:
     return found
 
 
-def readread_numbers(text: str | None, option: str, kind: type[int] | type[float]) -> tuple[Any, ...] | None:
-    """Numbers between commas or spaces; None stays None."""
+def read_numbers(text: str | None, option: str, kind: type[int] | type[float]) -> tuple[Any, ...] | None:
+    """Numbers between commas or spaces; None stays None.
+
+    Raises:
+        UsageError: something else is between them.
+    """
     if text is None:
         return None
     try:
@@ -77,7 +95,27 @@ def readread_numbers(text: str | None, option: str, kind: type[int] | type[float
         ) from None
 
 
+def read_input_size(text: str | None) -> tuple[int, int, int] | None:
+    """Channels, height and width; None stays None.
+
+    Raises:
+        UsageError: not three positive whole numbers.
+    """
+    numbers = read_numbers(text, "--input-size", int)
+    if numbers is None:
+        return None
+    if len(numbers) != 3 or min(numbers) < 1:
+        raise UsageError(f"--input-size takes channels, height and width, for example 3,32,32; got {text!r}.")
+    channels, height, width = numbers
+    return channels, height, width
+
+
 def read_device(name: str) -> str:
+    """A device that is there.
+
+    Raises:
+        UsageError: an unknown name, or CUDA without a CUDA device.
+    """
     import torch
 
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -88,6 +126,7 @@ def read_device(name: str) -> str:
 
 
 def is_run(model: str) -> bool:
+    """Whether MODEL is a run folder; `digits` always is the bundled network."""
     from zsq.run import is_run_folder
 
     return model != "digits" and is_run_folder(model)
@@ -96,10 +135,14 @@ def is_run(model: str) -> bool:
 def read_teacher(
     model: str, weights: Path | None, input_size: str | None, mean: str | None, std: str | None
 ) -> "Teacher":
-    """The model that the options describe, with what is noteworthy said; of a run folder, its teacher."""
+    """The model that the options describe, or the teacher of a run folder; what is noteworthy of it is said.
+
+    Raises:
+        UsageError: it cannot be loaded, see `load_model` and `teacher_of_run`.
+    """
     from zsq.models import load_model
 
-    size, means = read_numbers(input_size, "--input-size", int), read_numbers(mean, "--mean", float)
+    size, means = read_input_size(input_size), read_numbers(mean, "--mean", float)
     stds = read_numbers(std, "--std", float)
     if not is_run(model):
         teacher = load_model(model, weights=weights, input_size=size, mean=means, std=stds)
@@ -110,7 +153,7 @@ def read_teacher(
     else:
         teacher = teacher_of_run(Path(model), weights=weights)
     for note in teacher.notes:
-        terminal.say(f"Note: {note}")
+        say(f"Note: {note}")
     return teacher
 
 
@@ -142,8 +185,9 @@ def teacher_of_run(folder: Path, *, weights: Path | None = None) -> "Teacher":
     )
     if teacher.sha256 != about["sha256"]:
         raise UsageError(
-            f"The teacher of {folder}, {source['name']}, has other weights now (sha256 {teacher.sha256[:12]}..., "
-            f"the run has {about['sha256'][:12]}...). Give the weights of then with --weights FILE."
+            f"The teacher of {folder} was {source['name']} with weights of sha256 "
+            f"{about['sha256'][:12]}..., but now it has {teacher.sha256[:12]}... Give the weights "
+            "of then with --weights FILE."
         )
     return teacher
 

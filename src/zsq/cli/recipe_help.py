@@ -22,9 +22,11 @@ class Setting:
 
 
 def recipe_settings(recipe: Recipe) -> list[Setting]:
-    """All settings of a recipe in pipeline order; the meaning is what the docstring of their class says."""
+    """What can be set in a recipe, in pipeline order; the meaning is what the docstring of its class says."""
     found = []
     for name, value in flat(recipe).items():
+        if name in ("name", "paper"):
+            continue
         *path, leaf = name.split(".")
         owner: Any = recipe
         for part in path:
@@ -35,7 +37,7 @@ def recipe_settings(recipe: Recipe) -> list[Setting]:
 
 
 def recipe_docstring(recipe: Recipe) -> str:
-    """The docstring of the module that a recipe is written in; its own file comes before one of several recipes."""
+    """What stands at the top of the file that a recipe is written in; a file of its name is asked first."""
     modules = [m for m in vars(recipes).values() if isinstance(m, types.ModuleType)]
     own = [m for m in modules if m.__name__.rpartition(".")[2] == recipe.name.replace("-", "_")]
     holding = [m for m in modules if any(value is recipe for value in vars(m).values())]

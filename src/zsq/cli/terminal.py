@@ -1,13 +1,18 @@
 """What the commands show: progress and messages on stderr, tables on stdout."""
 
+import contextlib
+import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     ProgressColumn,
@@ -32,21 +37,38 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def show(*parts: Table | str) -> None:
-    """Tables and lines on stdout; lines are not wrapped, so that paths and commands can be copied."""
+def print_parts(*parts: RenderableType) -> None:
+    """Texts and tables on stdout; plain texts are not wrapped, so that paths and commands can be copied."""
     console = Console(highlight=False)
     for part in parts:
-        if isinstance(part, Table):
-            console.print(part)
-        else:
+        if isinstance(part, str):
             console.print(Text(part), soft_wrap=True)
+        else:
+            console.print(part)
+
+
+def indented(text: str) -> RenderableType:
+    """A paragraph four columns in, wrapped."""
+    return Padding(Text(text), (0, 0, 0, 4))
+
+
+def print_json(value: Any) -> None:
+    """A result as JSON on stdout."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+@contextmanager
+def only_result_on_stdout() -> Iterator[None]:
+    """What anything prints in the meantime, such as a user's model file, goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 class Pace:
     """Time left in a stage, from the speed measured so far.
 
-    Only the time between two events of one item counts: what an earlier run had finished comes as one event an
-    item and would look infinitely fast.
+    Only the time between two events of one item counts: what an earlier run had finished comes as one event
+    an item and would look infinitely fast.
     """
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
@@ -71,7 +93,8 @@ class Pace:
 
 def starts_stage(last: Progress, event: Progress) -> bool:
     """Whether `event` begins another stage than `last` was in; a stage may come twice."""
-    return event.stage != last.stage or event.total != last.total or event.done < last.done
+    another = event.stage != last.stage or event.total != last.total
+    return another or event.done < last.done or (event.done == last.done and event.item != last.item)
 
 
 def plain_lines(write: Callable[[str], None] = say, clock: Clock = time.monotonic) -> Callback:
@@ -94,7 +117,8 @@ def plain_lines(write: Callable[[str], None] = say, clock: Clock = time.monotoni
 
 
 def _line(event: Progress, left: float | None) -> str:
-    parts = [f"{event.stage}: {event.item}", f"{event.done} of {event.total} steps"]
+    what = "images" if event.stage == "evaluate" else "steps"
+    parts = [f"{event.stage}: {event.item}", f"{event.done} of {event.total} {what}"]
     if "loss" in event.values:
         parts.append(f"loss {event.values['loss']:.4g}")
     if event.resumed:
@@ -111,17 +135,20 @@ def reported_progress(*, plain: bool) -> Iterator[Callback]:
     if plain or not (console.is_interactive and sys.stderr.isatty()):
         yield plain_lines()
         return
-    bars = Bars(
+    with Bars(*columns(), console=console) as bars:
+        yield stage_bars(bars)
+
+
+def columns() -> tuple[ProgressColumn, ...]:
+    """What a bar shows: stage, share done, time left, and the item in work."""
+    return (
         SpinnerColumn(finished_text=" "),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         TaskProgressColumn(),
         _TimeLeft(),
         TextColumn("{task.fields[item]}", markup=False),
-        console=console,
     )
-    with bars:
-        yield stage_bars(bars)
 
 
 def stage_bars(bars: Bars) -> Callback:
@@ -134,9 +161,12 @@ def stage_bars(bars: Bars) -> Callback:
         nonlocal last, task
         left = pace.seconds_left(event)
         if last is None or starts_stage(last, event):
-            total = last.total if last is not None else 1
-            bars.update(task, total=total, completed=total, item="")
-            task = bars.add_task(event.stage, total=event.total, item="", finish_at=None)
+            if last is None:
+                bars.remove_task(task)
+            else:
+                bars.update(task, completed=last.total, item="")
+            name = f"evaluate {event.item}" if event.stage == "evaluate" else event.stage
+            task = bars.add_task(name, total=event.total, item="", finish_at=None)
         loss = f", loss {event.values['loss']:.4g}" if "loss" in event.values else ""
         item = "" if event.done == event.total else event.item + loss
         finish_at = None if left is None else time.monotonic() + left
@@ -159,7 +189,7 @@ class _TimeLeft(ProgressColumn):
 
 
 def seconds_text(seconds: float) -> str:
-    """0.42 -> "0.4 s", 42.3 -> "42 s", 200 -> "3 min 20 s", 7300 -> "2 h 2 min"."""
+    """0.42 -> "0.4 s", 42.3 -> "42 s", 200 -> "3 min 20 s", 7300 -> "2 h 1 min"."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -189,31 +219,33 @@ def grid(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[
     return table
 
 
-def quantized_summary(record: Mapping[str, Any]) -> list[Table | str]:
-    """What a finished run came to: bits and sizes, what is estimated, what was measured, the time."""
+def evaluate_line(folder: Path, data: str | None) -> str:
+    """The command that measures a run."""
+    return f"zsq evaluate {shlex.quote(str(folder))} --data {'PATH' if data is None else shlex.quote(data)}"
+
+
+def quantized_summary(record: Mapping[str, Any], folder: Path, data: str | None) -> list[Table | str]:
+    """What a finished run came to: bits and sizes, what is estimated, what was measured, and what next."""
     results, size = record["results"], record["results"]["size"]
-    factor = size["teacher_bytes"] / size["student_bytes"]
+    before, after = size["teacher_bytes"], size["student_bytes"]
     ends = ", first and last layer 8 bits" if record["recipe"]["scheme"]["ends"] == "8bit" else ""
-    parts: list[Table | str] = [
+    rows = [
+        ("bits", "float32", record["bits"] + ends),
+        ("size on disk", bytes_text(before), f"{bytes_text(after)}, {before / after:.1f} times smaller"),
+    ]
+    times = ", ".join(f"{stage} {seconds_text(value)}" for stage, value in record["timings"].items())
+    return [
         "",
         f"{record['model']['name']}, recipe {record['recipe']['name']}, seed {record['seed']}",
-        grid(
-            ("", "before", "after"),
-            [
-                ("bits", "float32", record["bits"] + ends),
-                (
-                    "size",
-                    bytes_text(size["teacher_bytes"]),
-                    f"{bytes_text(size['student_bytes'])} (1/{factor:.1f})",
-                ),
-            ],
-        ),
+        grid(("", "before", "after"), rows),
         *_estimated(results["estimated_without_data"]),
+        *(measured_summary(results["measured"]) if results["measured"] else ()),
+        "",
+        f"Time: {times}",
+        f"Files: {folder} (student.safetensors, images.safetensors, images.png, run.json, metrics.jsonl)",
+        f"To measure accuracy on labelled images: {evaluate_line(folder, data)}",
+        f"To use it in Python: zsq.load_run({str(folder)!r}).student",
     ]
-    if results["measured"]:
-        parts += measured_summary(results["measured"])
-    times = ", ".join(f"{stage} {seconds_text(value)}" for stage, value in record["timings"].items())
-    return [*parts, "", f"Time: {times}"]
 
 
 def _estimated(estimates: Mapping[str, Any]) -> list[Table | str]:
@@ -230,7 +262,7 @@ def _estimated(estimates: Mapping[str, Any]) -> list[Table | str]:
 
 
 def measured_summary(measured: Mapping[str, Any]) -> list[Table | str]:
-    """Accuracies on real labelled images: {"data": path, "teacher": {...}, "student": {...}}, either may miss."""
+    """Accuracies on real labelled images: {"data": path, "teacher": {...}, "student": {...}}."""
     rows = [
         (
             "teacher (before)" if who == "teacher" else "student (after)",

@@ -1,0 +1,62 @@
+"""The command line: each command reads its arguments, makes one Python call and shows what came of it."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from zsq._version import __version__
+from zsq.cli import jobs, lists
+from zsq.cli.arguments import DebugOption
+from zsq.cli.call import begin_call, guarded, refused
+
+__all__ = ["app", "main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console entry point; exits with 0 (done), 1 (job failed), 2 (wrong call) or 130 (stopped).
+
+    Args:
+        arguments: without the program's name; None takes those of the process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    begin_call(given)
+    try:
+        code = typer.main.get_command(app).main(args=given, prog_name="zsq", standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # else one of typer's own, whose class is not public
+            raise
+        code = refused(error)
+    sys.exit(code or 0)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"zsq {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Low-bit vision models from the trained model alone, without its data."""
+
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.callback()(_options)
+for command in (
+    jobs.quantize,
+    jobs.synthesize,
+    jobs.evaluate,
+    lists.recipes,
+    lists.show,
+    lists.models,
+    jobs.bench,
+):
+    app.command()(guarded(command))

@@ -1,0 +1,291 @@
+"""The commands that compute: quantize, synthesize, evaluate, bench."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zsq.cli.arguments import (
+    BitsOption,
+    BudgetOption,
+    DebugOption,
+    DeviceOption,
+    EndsOption,
+    ForceOption,
+    InputSizeOption,
+    JsonOption,
+    MeanOption,
+    ModelArgument,
+    RecipeOption,
+    SeedOption,
+    SetOption,
+    StdOption,
+    WeightsOption,
+    default_out,
+    is_run,
+    read_device,
+    read_settings,
+    read_teacher,
+)
+from zsq.cli.call import call
+from zsq.cli.terminal import (
+    evaluate_line,
+    measured_summary,
+    only_result_on_stdout,
+    print_json,
+    print_parts,
+    quantized_summary,
+    reported_progress,
+    say,
+)
+from zsq.errors import JobError, UsageError, ZsqError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from zsq.data import Dataset
+    from zsq.progress import Callback
+    from zsq.teacher import ModelSpec
+
+BATCH_SIZE = 128  # images at once when accuracy is measured
+
+
+def quantize(
+    model: ModelArgument = "digits",
+    recipe: RecipeOption = "genie",
+    bits: BitsOption = "W4A4",
+    ends: EndsOption = None,
+    budget: BudgetOption = "standard",
+    settings: SetOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="folder to write; by default runs/MODEL-RECIPE-BITS[-seedN]"),
+    ] = None,
+    force: ForceOption = False,
+    weights: WeightsOption = None,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    images: Annotated[
+        str | None, typer.Option(metavar="PATH", help="calibrate on these images, in place of synthetic ones")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="labelled images to measure accuracy on, before and after"),
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Quantize a model without its data. The same command continues an interrupted run."""
+    with only_result_on_stdout():
+        import zsq
+        from zsq.data import load_images
+        from zsq.run import write_record
+
+        target, overrides = read_device(device), read_settings(settings)
+        composed = zsq.compose_recipe(recipe, bits=bits, ends=ends, budget=budget, overrides=overrides)
+        bits = composed.scheme.bits
+        teacher = read_teacher(model, weights, input_size, mean, std)
+        folder = out or default_out("runs", teacher, recipe, bits, seed)
+        given = load_images(images, teacher.spec) if images is not None else None
+        dataset = _labelled(data, teacher.spec, teacher.output_shape) if data is not None else None
+        say(f"{teacher.name}, recipe {recipe}, {bits}, budget {budget}, seed {seed} -> {folder}")
+        call.hint = _goes_on(folder)
+        with reported_progress(plain=as_json) as progress:
+            run = zsq.quantize(
+                teacher,
+                recipe=recipe,
+                bits=bits,
+                ends=ends,
+                budget=budget,
+                overrides=overrides,
+                images=given,
+                seed=seed,
+                device=target,
+                out=folder,
+                force=force,
+                progress=progress,
+                command=call.line(),
+            )
+        if dataset is not None:
+            call.hint = f"The run in {folder} is complete; to measure it: {evaluate_line(folder, data)}"
+            networks = {"teacher": teacher.module, "student": run.student}
+            try:
+                measured = _measure(networks, dataset, target, plain=as_json)
+            except ZsqError as error:
+                raise JobError(f"{error} {call.hint}") from error
+            run.record["results"]["measured"] = {"data": data, **measured}
+            write_record(folder, run.record)
+    if as_json:
+        print_json(run.record)
+    else:
+        print_parts(*quantized_summary(run.record, folder, data))
+
+
+def synthesize(
+    model: ModelArgument = "digits",
+    recipe: RecipeOption = "genie",
+    budget: BudgetOption = "standard",
+    settings: SetOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="IMAGES", help="folder to write; by default images/MODEL-RECIPE[-seedN]"),
+    ] = None,
+    force: ForceOption = False,
+    weights: WeightsOption = None,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make only the synthetic images of a recipe."""
+    with only_result_on_stdout():
+        import zsq
+
+        target, overrides = read_device(device), read_settings(settings)
+        zsq.compose_recipe(recipe, budget=budget, overrides=overrides)
+        teacher = read_teacher(model, weights, input_size, mean, std)
+        folder = out or default_out("images", teacher, recipe, "", seed)
+        say(f"images for {teacher.name}, recipe {recipe}, budget {budget}, seed {seed} -> {folder}")
+        call.hint = _goes_on(folder)
+        with reported_progress(plain=as_json) as progress:
+            made = zsq.synthesize_images(
+                teacher,
+                recipe=recipe,
+                budget=budget,
+                overrides=overrides,
+                seed=seed,
+                device=target,
+                out=folder,
+                force=force,
+                progress=progress,
+            )
+    if as_json:
+        print_json({"out": str(folder), "shape": list(made.shape)})
+        return
+    count, *size = made.shape
+    print_parts(
+        f"{count} images of {'x'.join(map(str, size))}, normalised as the model takes them: "
+        f"{folder / 'images.safetensors'} (tensor 'images')",
+        f"As a picture: {folder / 'images.png'}",
+    )
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="a run folder, whose student is measured, or a model")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH", help="labelled images: folder by class, npz, zip with labels.csv, hf:NAME"
+        ),
+    ],
+    teacher: Annotated[bool, typer.Option("--teacher", help="of a run, measure the teacher too")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="images at once")] = BATCH_SIZE,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="only the first N images")] = None,
+    device: DeviceOption = "cpu",
+    weights: WeightsOption = None,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure the accuracy on real labelled images; nothing is written."""
+    with only_result_on_stdout():
+        from zsq.run import load_run
+
+        target = read_device(device)
+        networks: dict[str, nn.Module] = {}
+        if teacher or not is_run(model):
+            loaded = read_teacher(model, weights, input_size, mean, std)
+            networks["teacher"] = loaded.module
+            spec, output_shape = loaded.spec, loaded.output_shape
+        elif weights or input_size or mean or std:
+            raise UsageError(
+                f"{model} is a run, whose student knows its weights and its input. Leave out --weights, "
+                "--input-size, --mean and --std."
+            )
+        if is_run(model):
+            run = load_run(model)
+            networks["student"] = run.student
+            spec, output_shape = run.spec, tuple(run.student(run.images[:2]).shape[1:])
+        dataset = _labelled(data, spec, output_shape)
+        measured = _measure(networks, dataset, target, plain=as_json, batch_size=batch_size, limit=limit)
+    if as_json:
+        print_json({"model": model, "data": data, **measured})
+    else:
+        print_parts(*measured_summary({"data": data, **measured}))
+
+
+def bench(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="networks, recipes, bits and seeds, as TOML")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="folder for rows and tables; by default runs/bench-NAME"),
+    ] = None,
+    write: Annotated[Path | None, typer.Option(metavar="FILE", help="also write the table there")] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare recipes over networks, bits and seeds. The same command continues an interrupted one."""
+    with only_result_on_stdout():
+        from zsq.bench import RESULTS, TABLE, run_bench
+
+        call.hint = f"Finished rows are kept; the same command goes on from there: {call.line()}"
+        folder = run_bench(file, out=out, write=write, progress=say)
+    print((folder / (RESULTS if as_json else TABLE)).read_text(encoding="utf-8").rstrip("\n"))
+
+
+def _goes_on(folder: Path) -> str:
+    return f"What was finished is kept in {folder}; the same command goes on from there: {call.line()}"
+
+
+def _labelled(data: str, spec: "ModelSpec", output_shape: tuple[int, ...]) -> "Dataset":
+    """Labelled images that fit a classifier's input and classes."""
+    from zsq.data import check_labels, open_dataset
+
+    if len(output_shape) != 1:
+        raise UsageError(
+            f"The model answers an image with an output of shape {output_shape}. Accuracy needs a "
+            "classifier, which gives one number a class."
+        )
+    dataset = open_dataset(data, spec)
+    check_labels(dataset, output_shape[0])
+    return dataset
+
+
+def _measure(
+    networks: "Mapping[str, nn.Module]",
+    dataset: "Dataset",
+    device: str,
+    *,
+    plain: bool,
+    batch_size: int = BATCH_SIZE,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """{"student": {"top1": ..., "top5": ..., "num_images": ...}} for every network by name."""
+    from zsq.evaluate import accuracy
+    from zsq.progress import Progress
+
+    count = min(limit or len(dataset), len(dataset))
+
+    def one(name: str, network: "nn.Module", progress: "Callback") -> dict[str, Any]:
+        batches = dataset.batches(batch_size, limit=limit)
+        found = accuracy(
+            network.to(device),
+            batches,
+            device=device,
+            progress=lambda done: progress(Progress("evaluate", name, done, count)),
+        )
+        return found.to_json()
+
+    with reported_progress(plain=plain) as progress:
+        return {name: one(name, network, progress) for name, network in networks.items()}

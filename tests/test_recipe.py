@@ -1,0 +1,213 @@
+import json
+import math
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+from tiny_networks import message
+
+from zsq.budget import BUDGETS, COUNTS, with_budget
+from zsq.errors import UsageError
+from zsq.images.settings import Synthesis
+from zsq.pipeline import compose_recipe
+from zsq.recipe import (
+    Calibration,
+    GaussianNoise,
+    GivenImages,
+    Recipe,
+    Reconstruction,
+    describe,
+    flat,
+    with_overrides,
+)
+from zsq.recipes import RECIPES, get_recipe
+from zsq.recipes.genie import GENIE
+
+NOISE_NEAREST = RECIPES["noise-nearest"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("synthesis.steps", 500, 500),
+        ("synthesis.steps", "500", 500),
+        ("synthesis.steps", 500.0, 500),
+        ("synthesis.lr_latent", "1e-2", 0.01),
+        ("synthesis.lr_latent", 1, 1.0),
+        ("synthesis.swing", "false", False),
+        ("synthesis.swing", "True", True),
+        ("synthesis.swing", False, False),
+        ("synthesis.precision", "bfloat16", "bfloat16"),
+        ("calibration.method", "minmax", "minmax"),
+        ("scheme.activation_bits", "none", None),
+        ("scheme.activation_bits", None, None),
+        ("scheme.activation_bits", "3", 3),
+        ("fold_batch_norm", "true", True),
+        ("num_holdout", 0, 0),
+        ("name", "mine", "mine"),
+    ],
+)
+def test_overrides_of_every_type(name: str, value: Any, expected: Any) -> None:
+    changed = with_overrides(GENIE, {name: value})
+    got = flat(changed)[name]
+    assert got == expected and type(got) is type(expected)
+    others = {key: v for key, v in flat(changed).items() if key != name}
+    assert others == {key: v for key, v in flat(GENIE).items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("sythesis.steps", 1, r"no setting 'sythesis.steps'.*synthesis"),
+        ("synthesis.step", 1, r"no setting 'synthesis.step'.*steps"),
+        ("synthesis", "none", r"no setting 'synthesis'"),
+        ("", 1, r"no setting ''"),
+        ("synthesis.steps.more", 1, r"no setting 'synthesis.steps.more': 'steps' is a single value, 4000"),
+        ("synthesis.steps", "many", r"'synthesis.steps' needs a value of type int, got 'many'"),
+        ("synthesis.steps", 5.5, r"type int, got 5.5"),
+        ("synthesis.steps", "5.5", r"type int, got '5.5'"),
+        ("synthesis.steps", True, r"type int, got True"),
+        ("synthesis.steps", None, r"type int, got None"),
+        ("synthesis.steps", math.nan, r"type int, got nan"),
+        ("synthesis.steps", math.inf, r"type int, got inf"),
+        ("synthesis.steps", 0, r"steps is 0. Expected at least 1"),
+        ("synthesis.steps", -3, r"not negative, got -3"),
+        ("synthesis.lr_latent", "nan", r"finite number that is not negative, got nan"),
+        ("synthesis.lr_latent", "inf", r"finite number that is not negative, got inf"),
+        ("synthesis.lr_latent", -0.1, r"not negative, got -0.1"),
+        ("synthesis.lr_latent", 10**400, r"type float, got 1000"),
+        ("synthesis.lr_latent", "", r"type float, got ''"),
+        ("synthesis.swing", 1, r"type bool, got 1"),
+        ("synthesis.swing", "yes", r"type bool, got 'yes'"),
+        ("synthesis.precision", "float16", r"one of 'float32', 'bfloat16', got 'float16'"),
+        ("calibration.method", "guess", r"error, minmax or percentile"),
+        ("calibration.method", 3, r"type str, got 3"),
+        ("scheme.activation_bits", "many", r"type int or NoneType, got 'many'"),
+        ("scheme.activation_bits", 9, r"between 2 and 8, got 9"),
+        ("scheme.ends", "float", r"ends must be one of"),
+        ("reconstruction.drop_prob", 1.5, r"between 0 and 1, got 1.5"),
+        ("reconstruction.steps", 0, r"reconstruction.steps must be at least 1, got 0"),
+        ("reconstruction.batch_size", 0, r"reconstruction.batch_size must be at least 1"),
+        ("reconstruction.beta_end", 0.5, r"reconstruction.beta_end must be at least 1"),
+        ("calibration.num_images", 0, r"calibration.num_images must be at least 1"),
+    ],
+)
+def test_overrides_refused(name: str, value: Any, text: str) -> None:
+    with pytest.raises(UsageError, match=text) as caught:
+        with_overrides(GENIE, {name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_of_a_stage_that_the_recipe_does_not_use() -> None:
+    with pytest.raises(UsageError, match="'reconstruction.steps' is inside 'reconstruction', which this recipe"):
+        with_overrides(NOISE_NEAREST, {"reconstruction.steps": 5})
+    with pytest.raises(UsageError, match="type Reconstruction or NoneType"):
+        with_overrides(NOISE_NEAREST, {"reconstruction": 5})
+    assert with_overrides(NOISE_NEAREST, {"reconstruction": "none"}) == NOISE_NEAREST
+    with pytest.raises(UsageError, match="at least 1"):
+        with_overrides(NOISE_NEAREST, {"synthesis.num_images": 0})
+
+
+def test_several_overrides_apply_in_order() -> None:
+    changed = with_overrides(GENIE, {"synthesis.steps": 5, "reconstruction.steps": 7, "synthesis.swing": False})
+    assert isinstance(changed.synthesis, Synthesis) and changed.reconstruction is not None
+    assert (changed.synthesis.steps, changed.synthesis.swing, changed.reconstruction.steps) == (5, False, 7)
+    assert with_overrides(GENIE, {}) is GENIE
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_describe_and_flat_are_json_and_complete(recipe: Recipe) -> None:
+    described = describe(recipe)
+    assert json.loads(json.dumps(described, allow_nan=False)) == described
+    assert list(described) == [field.name for field in fields(Recipe)]
+    for field in fields(Recipe):
+        stage = getattr(recipe, field.name)
+        if is_dataclass(stage):
+            assert described[field.name]["kind"] == type(stage).__name__
+    settings = flat(recipe)
+    assert json.loads(json.dumps(settings, allow_nan=False)) == settings
+    for name, value in settings.items():  # every name that is shown can be set
+        if value is not None:
+            assert with_overrides(recipe, {name: value}) == recipe
+            assert with_overrides(recipe, {name: str(value)}) == recipe
+        else:
+            assert with_overrides(recipe, {name: "none"}) == recipe
+
+
+def test_every_default_is_written_down_where_genie_published_it() -> None:
+    # Card, section (c)
+    settings = flat(GENIE)
+    published = {
+        "synthesis.num_images": 1024,
+        "synthesis.batch_size": 128,
+        "synthesis.steps": 4000,
+        "synthesis.latent_size": 256,
+        "synthesis.lr_latent": 0.1,
+        "synthesis.lr_generator": 0.01,
+        "reconstruction.steps": 20000,
+        "reconstruction.batch_size": 32,
+        "reconstruction.lr_rounding": 1e-3,
+        "reconstruction.lr_weight_scale": 1e-4,
+        "reconstruction.lr_activation_scale": 4e-5,
+        "reconstruction.rounding_weight": 1.0,
+        "reconstruction.warmup": 0.2,
+        "reconstruction.beta_start": 20.0,
+        "reconstruction.beta_end": 2.0,
+        "reconstruction.drop_prob": 0.5,
+        "reconstruction.input_mix_prob": 0.5,
+        "calibration.exponent": 2.4,
+    }
+    assert {name: settings[name] for name in published} == published
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_budgets(recipe: Recipe, budget: str) -> None:
+    scaled = with_budget(recipe, budget)
+    if budget == "paper":
+        assert scaled is recipe
+        return
+    num_images, synthesis_steps, reconstruction_steps = COUNTS[budget]
+    assert scaled.synthesis.num_images == num_images
+    if isinstance(scaled.synthesis, Synthesis):
+        assert scaled.synthesis.steps == synthesis_steps
+    if scaled.reconstruction is None:
+        assert recipe.reconstruction is None
+    else:
+        assert scaled.reconstruction.steps == reconstruction_steps
+        steps = recipe.reconstruction.steps if recipe.reconstruction else 0
+        assert replace(scaled.reconstruction, steps=steps) == recipe.reconstruction
+    assert replace(scaled, synthesis=recipe.synthesis, reconstruction=recipe.reconstruction) == recipe
+
+
+def test_budgets_grow() -> None:
+    assert all(quick < standard for quick, standard in zip(COUNTS["quick"], COUNTS["standard"], strict=True))
+
+
+def test_compose_recipe() -> None:
+    found = compose_recipe(
+        "genie", bits="w3a5", ends="same", budget="quick", overrides={"synthesis.steps": 3}
+    )
+    assert found.scheme.bits == "W3A5" and found.scheme.ends == "same"
+    assert isinstance(found.synthesis, Synthesis)
+    assert (found.synthesis.steps, found.synthesis.num_images) == (3, COUNTS["quick"][0])
+    assert compose_recipe(GENIE) is GENIE  # the published counts unless a budget is asked for
+    assert compose_recipe("genie", bits="W2").scheme.ends == GENIE.scheme.ends
+    assert compose_recipe("genie", ends="same").scheme.bits == GENIE.scheme.bits
+    assert "W4A4" in message(lambda: compose_recipe("genie", bits=""))
+    assert "ends" in message(lambda: compose_recipe("genie", ends="float"))
+    assert "'genei'" in message(lambda: compose_recipe("genei"))
+    assert "'fast'" in message(lambda: compose_recipe("genie", budget="fast"))
+    assert "genie" in message(lambda: get_recipe("x"))
+
+
+def test_stages_check_their_settings() -> None:
+    for make in (
+        lambda: GaussianNoise(num_images=0),
+        lambda: Calibration(num_images=0),
+        lambda: Reconstruction(warmup=1.1),
+        lambda: Reconstruction(input_mix_prob=-0.1),
+        lambda: Reconstruction(drop_prob=math.nan),
+    ):
+        message(make)
+    assert GivenImages(num_images=0).num_images == 0  # all of them
