@@ -179,7 +179,7 @@ def test_load_refuses_what_is_no_finished_run(tmp_path: Path) -> None:
         text = message(lambda: load_run(folder))
         assert f"has format {shown}; this version of zsq reads format 1" in text
     record.write_text(json.dumps({**good, "status": "running"}))
-    assert message(lambda: load_run(folder)).endswith("continues it: zsq quantize x")  # no full stop: copied
+    assert "The call that began it (zsq quantize x) continues it." in message(lambda: load_run(folder))
     record.write_text(json.dumps({**good, "status": "running", "command": None}))
     assert "is not finished. The call that began it continues it." in message(lambda: load_run(folder))
     for broken in ({"model": {}}, {"model": None}, {"model": {"spec": {"input_size": [1]}}}):

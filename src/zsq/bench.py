@@ -439,7 +439,12 @@ def _plan(bench: Bench, network: Network) -> Plan:
     for entry, overrides in _overrides(bench, network):
         for bits in network.bits:
             settings = compose_recipe(
-                entry.name, bits=bits, ends=bench.ends, budget=bench.budget, overrides=overrides
+                entry.name,
+                bits=bits,
+                ends=bench.ends,
+                budget=bench.budget,
+                overrides=overrides,
+                input_size=teacher.spec.input_size,
             )
             given = isinstance(settings.synthesis, GivenImages)
             if given != entry.images:
@@ -509,9 +514,9 @@ def _row(
     say: Say,
 ) -> dict[str, Any]:
     label, bits, seed = job.cell
-    images, seconds = None, None
+    images, made, seconds = None, None, None
     if isinstance(job.settings.synthesis, Synthesis):
-        images, seconds = _synthetic_images(job, job.settings.synthesis, plan, device, folder, title, say)
+        made, seconds = _synthetic_images(job, job.settings.synthesis, plan, device, folder, title, say)
     elif isinstance(job.settings.synthesis, GivenImages):
         images = _given_images(plan)
     work = _work_folder(folder, job, plan)
@@ -524,6 +529,7 @@ def _row(
             recipe=job.settings,
             budget="paper",
             images=images,
+            made=made,
             seed=seed,
             device=device,
             out=work,

@@ -11,9 +11,9 @@ LARGE = 64 * 64  # pixels of an input above which a step costs so much more that
 # (budget, large input) -> images, synthesis steps a batch, reconstruction steps a unit
 COUNTS = {
     ("quick", False): (128, 150, 200),
-    ("standard", False): (256, 500, 1000),
+    ("standard", False): (256, 300, 400),
     ("quick", True): (32, 50, 50),
-    ("standard", True): (64, 150, 200),
+    ("standard", True): (64, 100, 100),
 }
 
 

@@ -613,7 +613,7 @@ def _from_hub(call: Callable[..., Any], name: str, **options: str) -> Any:
     except Exception as error:  # of many packages: network, permissions, file formats, the library's own
         raise UsageError(
             f"The Hugging Face dataset {name} could not be loaded ({error_summary(error)}). Check the name "
-            "and the network; without a network only datasets fetched before can be used."
+            "and the network, or give a path."
         ) from error
 
 

@@ -105,6 +105,7 @@ def quantize(
     budget: str = "standard",
     overrides: Mapping[str, Any] | None = None,
     images: Tensor | None = None,
+    made: Tensor | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     out: str | Path | None = None,
@@ -123,6 +124,8 @@ def quantize(
         overrides: single settings by dotted name, {"synthesis.steps": 500}.
         images: (N, C, H, W), normalised, float; for recipes that use given images, and in place of the
             synthesis of others.
+        made: what `synthesize_images` gave for the same model, recipe, budget, overrides and seed, so that a sweep
+            over bits makes them once; the result is that of a call without it.
         seed: all randomness follows from it.
         device: where to compute.
         out: run folder to write; an interrupted run of the same call in it is continued.
@@ -156,7 +159,7 @@ def quantize(
     if folder is not None:
         state = _open_state(folder, identity, force=force, command=command)
     account = _Account(progress)
-    run = _run_stages(teacher, settings, images, seed, target, state, account)
+    run = _run_stages(teacher, settings, images if made is None else made, seed, target, state, account)
     run.record = {
         "format": FORMAT,
         "status": "done",
@@ -293,6 +296,8 @@ def _make_images(
     account: _Account,
 ) -> Tensor:
     source = settings.synthesis
+    if given is not None and not isinstance(source, GivenImages):
+        return given.to(device)  # made before, by the same recipe and seed
     if isinstance(source, GivenImages):
         assert given is not None
         count = min(source.num_images, len(given)) if source.num_images else len(given)

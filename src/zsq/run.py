@@ -182,9 +182,9 @@ def load_run(path: str | Path) -> Run:
     folder = Path(path)
     record = read_record(folder)
     if record.get("status") != "done":
+        command = f" ({record['command']})" if record.get("command") else ""
         raise UsageError(
-            f"The run in {folder} is not finished. The call that began it continues it"
-            + (f": {record['command']}" if record.get("command") else ".")
+            f"The run in {folder} is not finished. The call that began it{command} continues it."
         )
     try:
         spec = _spec_from_json(record["model"]["spec"])

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
-from typing import Any
 
 import torch
 from torch import fx
@@ -35,25 +34,25 @@ class Unit:
 
 @dataclass(frozen=True)
 class _Segment:
-    """Nodes start..end (exclusive) of the list of activations; `closed` if one single tensor is live after it."""
+    """Nodes start..end (exclusive) of the list of activations, and how many of them are layers."""
 
     start: int
     end: int
     layers: int
-    closed: bool = True
 
     def joined(self, other: "_Segment") -> "_Segment":
-        return _Segment(self.start, other.end, self.layers + other.layers, other.closed)
+        return _Segment(self.start, other.end, self.layers + other.layers)
 
 
 def split(graph: fx.Graph, *, max_layers: int = MAX_LAYERS, max_merged: int = MAX_MERGED) -> tuple[Unit, ...]:
     """Cut the graph into units that tile it: every activation node is in exactly one, in order.
 
     1. Cut wherever exactly one activation tensor is live (a residual block stays whole).
-    2. Operations without weights join the unit before them while they keep the tensor's shape (BatchNorm, ReLU),
-       else the one after them (pad, pool, flatten); the module that wrote them decides first.
+    2. Operations without weights join the unit before them while they keep the tensor's shape (BatchNorm,
+       ReLU), else the one after them (pad, pool, flatten); the module that wrote them decides first.
     3. Neighbouring single layers under one named module become one unit (depthwise + pointwise).
-    4. A unit of more than `max_layers` layers (dense blocks, detector necks) is cut where fewest tensors are live.
+    4. A unit of more than `max_layers` layers (dense blocks, detector necks) is cut where fewest tensors are
+       live.
 
     Raises:
         ValueError: the graph has no convolution or linear layer.
@@ -62,7 +61,7 @@ def split(graph: fx.Graph, *, max_layers: int = MAX_LAYERS, max_merged: int = MA
     weighted = [weight_node(n) is not None for n in nodes]
     if not any(weighted):
         raise ValueError("the graph has no convolution or linear layer with a weight")
-    live = _live_after(graph, nodes)
+    live = _live_after(nodes)
     segments = _single_tensor_segments(nodes, weighted, live)
     segments = _attach_weightless(nodes, segments)
     segments = _merge_single_layers(nodes, weighted, segments, max_merged)
@@ -89,7 +88,11 @@ def extract(graph_module: fx.GraphModule, inputs: Sequence[str], outputs: Sequen
         if node not in wanted or node in values:
             continue
         if node.target is aten.sym_size.int and node.args[0] not in wanted:
-            values[node] = graph.call_function(aten.sym_size.int, (values[by_name[inputs[0]]], 0))
+            size = str(node.meta.get("val", ""))
+            same = [by_name[i] for i in inputs if _leading_size(by_name[i]) == size]
+            if not same:
+                raise ValueError(f"no input of this part has the size that {node.name} asks for")
+            values[node] = graph.call_function(aten.sym_size.int, (values[same[0]], 0))
         else:
             values[node] = graph.node_copy(node, lambda n: values[n])
         values[node].meta = dict(node.meta)
@@ -99,35 +102,28 @@ def extract(graph_module: fx.GraphModule, inputs: Sequence[str], outputs: Sequen
 
 
 def _needed(outputs: set[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
-    """Everything that `outputs` are computed from, up to `stop`; the batch size is asked of the inputs instead."""
+    """Everything that `outputs` are computed from, up to `stop`; batch sizes are asked of the inputs."""
     found = set(stop)
     pending = list(outputs)
     while pending:
         node = pending.pop()
-        if node in found:
-            continue
-        found.add(node)
-        if node.target is not aten.sym_size.int:
-            pending.extend(node.all_input_nodes)
-        elif node.args[0] in found:
-            continue
+        if node not in found:
+            found.add(node)
+            if node.target is not aten.sym_size.int:
+                pending.extend(node.all_input_nodes)
     return found
 
 
-def _is_batch_of(node: fx.Node, batch: Any) -> bool:
-    """A tensor whose first dimension is the batch, so that a cache of it can be indexed by image."""
+def _leading_size(node: fx.Node) -> str:
+    """The first dimension of a tensor as torch.export writes it ("s77", "4*s77", "3"); "" if there is none."""
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.ndim > 0 and str(value.shape[0]) == batch
+    return str(value.shape[0]) if isinstance(value, torch.Tensor) and value.ndim > 0 else ""
 
 
-def _live_after(graph: fx.Graph, nodes: list[fx.Node]) -> list[list[int]]:
-    """For every position, the positions of the tensors computed up to it that are read later or returned."""
+def _live_after(nodes: list[fx.Node]) -> list[list[int]]:
+    """For every position, the positions of the tensors computed up to it that are read later."""
     position = {node: i for i, node in enumerate(nodes)}
-    returned = set(output_nodes(graph))
-    last = []
-    for i, node in enumerate(nodes):
-        reads = [position[user] for user in _readers(node) if user in position]
-        last.append(max([len(nodes)] if node in returned else [*reads, i]))
+    last = [max([i, *(position[u] for u in _readers(n) if u in position)]) for i, n in enumerate(nodes)]
     live: list[list[int]] = []
     alive: list[int] = []
     for i in range(len(nodes)):
@@ -141,17 +137,13 @@ def _readers(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if user.target is not aten.sym_size.int]
 
 
-def _batch_symbol(nodes: list[fx.Node]) -> str:
-    return str(nodes[0].meta["val"].shape[0])
-
-
 def _single_tensor_segments(
     nodes: list[fx.Node], weighted: list[bool], live: list[list[int]]
 ) -> list[_Segment]:
-    batch = _batch_symbol(nodes)
+    batch = _leading_size(nodes[0])
     segments, start = [], 1  # node 0 is the image
     for i in range(1, len(nodes)):
-        single = live[i] == [i] and _is_batch_of(nodes[i], batch)
+        single = live[i] == [i] and _leading_size(nodes[i]) == batch
         if single or i == len(nodes) - 1:
             segments.append(_Segment(start, i + 1, sum(weighted[start : i + 1])))
             start = i + 1
@@ -210,7 +202,7 @@ def _merge_single_layers(
 ) -> list[_Segment]:
     """Join runs of neighbours under the innermost named module that holds more than one of them.
 
-    A run is joined when it has at most `max_merged` layers and at most one of its members had several already.
+    A run is joined when it has at most `max_merged` layers and at most one member had several already.
     """
     paths = [_segment_path(nodes, s) for s in segments]
     if len(segments) < 2:
@@ -236,14 +228,14 @@ def _cap(
 ) -> list[_Segment]:
     if segment.layers <= max_layers:
         return [segment]
-    batch = _batch_symbol(nodes)
+    batch = _leading_size(nodes[0])
     candidates: list[tuple[int, int, int]] = []  # (live tensors, -layers, end)
     layers = 0
     for i in range(segment.start, segment.end - 1):
         layers += weighted[i]
-        if layers > max_layers:
+        if candidates and layers > max(max_layers, -candidates[-1][1]):
             break
-        if layers and all(_is_batch_of(nodes[j], batch) for j in live[i]):
+        if layers and all(_leading_size(nodes[j]) == batch for j in live[i]):
             short = layers * 2 < max_layers
             candidates.append((len(live[i]) + 100 * short, -layers, i + 1))
     if not candidates:
@@ -251,7 +243,7 @@ def _cap(
     best = min(c[:2] for c in candidates)
     end = max(c[2] for c in candidates if c[:2] == best)  # the last of equals: after BatchNorm and ReLU
     done = -best[1]
-    head = replace(segment, end=end, layers=done, closed=False)
+    head = replace(segment, end=end, layers=done)
     return [
         head,
         *_cap(replace(segment, start=end, layers=segment.layers - done), weighted, live, nodes, max_layers),

@@ -187,7 +187,7 @@ def _explain(error: Exception, input_size: tuple[int, int, int]) -> str:
 
 
 def _flat_signature(exported: fx.GraphModule) -> fx.GraphModule:
-    """Replace the pytree calling convention of torch.export by one tensor in, a tensor or a flat tuple out."""
+    """The graph with one tensor in and a tensor or a flat tuple out, in place of torch.export's pytrees."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
@@ -211,7 +211,7 @@ def _flat_signature(exported: fx.GraphModule) -> fx.GraphModule:
 
 
 def _remove_in_place(graph_module: fx.GraphModule) -> None:
-    """Turn `add_`, `relu_` and so on into `add`, `relu`; later readers of the overwritten tensor read the result."""
+    """Turn `add_`, `relu_` into `add`, `relu`; later readers of the overwritten tensor read the result."""
     graph = graph_module.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
@@ -260,7 +260,7 @@ def _remove_unused(graph_module: fx.GraphModule) -> None:
 
 
 def _fold_constants(graph_module: fx.GraphModule) -> None:
-    """Compute what depends on parameters only (standardised weights, position tables) and keep it as a buffer."""
+    """Compute what depends on parameters only (standardised weights, position tables); keep it as a buffer."""
     graph = graph_module.graph
     varying = set(activations(graph))
     known: dict[fx.Node, Tensor] = {}
@@ -290,26 +290,34 @@ def _fold_constants(graph_module: fx.GraphModule) -> None:
 
 def _register(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> None:
     """Put a buffer at a dotted name, with plain modules on the way."""
-    owner, _, leaf = name.rpartition(".")
-    if owner:
-        graph_module.add_submodule(owner, nn.Module()) if not _has_module(graph_module, owner) else None
-    graph_module.get_submodule(owner).register_buffer(leaf, tensor)
+    *path, leaf = name.split(".")
+    owner: nn.Module = graph_module
+    for part in path:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    owner.register_buffer(leaf, tensor)
 
 
 def _check(graph_module: fx.GraphModule, module: nn.Module, images: Tensor) -> None:
-    """Refuse a graph that does not compute what the module computes (an aliasing write, a frozen batch size)."""
+    """Refuse a graph that computes something else than the module (an aliasing write, a fixed batch size)."""
     with torch.no_grad():
         try:
             expected = [t for t in pytree.tree_leaves(module(images)) if isinstance(t, Tensor)]
             got = pytree.tree_leaves(graph_module(images))
         except Exception as error:
-            raise UsageError(f"The captured model fails at another batch size: {error}") from error
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UsageError(
+                f"The captured model fails at another batch size: {reason.rstrip('.')}. Write its forward for any "
+                "number of images: x.flatten(1) or x.view(x.shape[0], -1)."
+            ) from error
     same = len(got) == len(expected) and all(
         a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4, equal_nan=True)
         for a, b in zip(got, expected, strict=True)
     )
     if not same:
         raise UsageError(
-            "The captured graph does not compute what the model computes (it may overwrite a tensor that it reads "
-            "later, or depend on the batch size). Write the forward without in-place operations on views."
+            "The captured graph does not compute what the model computes: its forward may write in place into a "
+            "part of a tensor (y[:, 0] = 0), draw random numbers, or depend on the number of images. Write it "
+            "without these; torch.where and torch.cat replace such writes."
         )

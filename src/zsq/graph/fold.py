@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from zsq.graph.capture import LAYERS, aten, get_tensor, layer_name, weight_node
+from zsq.graph.capture import LAYERS, aten, get_tensor, weight_node
 
 BATCH_NORM = aten.batch_norm.default
 
@@ -19,7 +19,8 @@ class BatchNormPair:
     Attributes:
         batch_norm: name of its node.
         layer: name of the convolution or linear node that it follows directly and alone; None if there is none
-            (pre-activation, after a ReLU, after a pool or an addition, or the layer's output has other readers).
+            (pre-activation, after a ReLU, a pool or an addition, other readers of the layer's output, another
+            axis than the layer's output channels, or no stored statistics).
     """
 
     batch_norm: str
@@ -27,25 +28,22 @@ class BatchNormPair:
 
 
 def batch_norm_pairs(graph: fx.Graph) -> list[BatchNormPair]:
-    """All BatchNorms in graph order, whoever wrote them (nn.BatchNorm2d, F.batch_norm, timm's BatchNormAct2d)."""
+    """All BatchNorms in graph order, whoever wrote them (nn.BatchNorm2d, F.batch_norm, BatchNormAct2d)."""
     pairs = []
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target is BATCH_NORM:
-            before = node.args[0]
-            foldable = (
-                isinstance(before, fx.Node) and weight_node(before) is not None and len(before.users) == 1
-            )
-            pairs.append(
-                BatchNormPair(node.name, before.name if foldable and isinstance(before, fx.Node) else None)
-            )
+    for norm in graph.nodes:
+        if norm.op == "call_function" and norm.target is BATCH_NORM:
+            before = norm.args[0]
+            foldable = isinstance(before, fx.Node) and _foldable(before, norm)
+            pairs.append(BatchNormPair(norm.name, before.name if foldable else None))
     return pairs
 
 
 def fold_batch_norms(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, list[BatchNormPair]]:
     """A copy in which every BatchNorm that follows a layer directly is part of its weight and bias.
 
-    w' = w * gamma / sqrt(var + eps) per output channel, b' = (b - mean) * gamma / sqrt(var + eps) + beta. Others stay
-    as they are. The original is untouched; tensors that do not change are shared.
+    w' = w * gamma / sqrt(var + eps) per output channel, b' = (b - mean) * gamma / sqrt(var + eps) + beta.
+    Others stay as they are. Folded layers keep their name, unless their weight serves several layers. The
+    original is untouched; tensors that do not change are shared.
 
     Source: Jacob et al., arXiv:1712.05877, section 3.2.
     """
@@ -61,37 +59,72 @@ def fold_batch_norms(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, list
     return folded, pairs
 
 
+def _foldable(layer: fx.Node, norm: fx.Node) -> bool:
+    """Whether `norm` scales the output channels of `layer` by constants, and nothing else reads that output."""
+    if weight_node(layer) is None or len(layer.users) != 1:
+        return False
+    if layer.target is aten.linear.default and layer.meta["val"].ndim != 2:
+        return False  # BatchNorm counts channels on axis 1, the layer on the last one
+    bias = layer.args[2] if len(layer.args) > 2 else None
+    gamma, beta, mean, var, training = norm.args[1:6]
+    if mean is None or var is None or training:
+        return False
+    return all(a is None or _is_stored(a) for a in (bias, gamma, beta, mean, var))
+
+
+def _is_stored(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and argument.op == "get_attr"
+
+
 def _fold(module: fx.GraphModule, layer: fx.Node, norm: fx.Node) -> None:
     weight = weight_node(layer)
     assert weight is not None
-    kernel = get_tensor(module, str(weight.target)).detach()
-    axis = LAYERS[layer.target]
-    groups = layer.args[6] if axis == 1 and len(layer.args) > 6 else 1  # of a transposed convolution
-    if axis == 1 and groups != 1:
-        return
     gamma, beta, mean, var = (_tensor(module, argument) for argument in norm.args[1:5])
     assert mean is not None and var is not None
     factor = torch.rsqrt(var + float(norm.args[7]))  # type: ignore[arg-type]
     factor = factor if gamma is None else factor * gamma
     bias = _tensor(module, layer.args[2]) if len(layer.args) > 2 else None
     shifted = (-mean if bias is None else bias - mean) * factor
-    shape = [1] * kernel.ndim
-    shape[axis] = -1
-    path = f"{layer_name(layer)}_folded_{norm.name}"
-    holder = nn.Module()
-    holder.register_parameter("weight", nn.Parameter(kernel * factor.view(shape), requires_grad=False))
-    holder.register_parameter(
-        "bias", nn.Parameter(shifted if beta is None else shifted + beta, requires_grad=False)
-    )
-    module.add_submodule(path, holder)
+    kernel = get_tensor(module, str(weight.target)).detach()
+    name = str(weight.target)
+    if _readers(module.graph, name) != {layer}:
+        name = f"{name}_{norm.name}"
+    owner, _, leaf = name.rpartition(".")
+    bias_name = f"{owner}.bias".lstrip(".")
+    if leaf != "weight" or not _readers(module.graph, bias_name) <= {layer}:
+        bias_name = f"{name}_bias"
     with module.graph.inserting_before(layer):
-        new_weight, new_bias = (module.graph.get_attr(f"{path}.{leaf}") for leaf in ("weight", "bias"))
+        new_weight = _store(module, name, _scaled(kernel, factor, layer))
+        new_bias = _store(module, bias_name, shifted if beta is None else shifted + beta)
     new_weight.meta = dict(weight.meta)
     args: list[Any] = list(layer.args)
     args[1:3] = [new_weight, new_bias]
     layer.args = tuple(args)
     norm.replace_all_uses_with(layer)
     module.graph.erase_node(norm)
+
+
+def _scaled(kernel: Tensor, factor: Tensor, layer: fx.Node) -> Tensor:
+    """The weight times one factor (C,) per output channel."""
+    if LAYERS[layer.target] == 0:
+        return kernel * factor.view(-1, *[1] * (kernel.ndim - 1))
+    # A transposed convolution: (C_in, C / groups, ...), each group of inputs makes its own output channels.
+    groups = layer.args[6] if len(layer.args) > 6 else 1
+    by_group = kernel.unflatten(0, (groups, -1))
+    return (by_group * factor.view(groups, 1, -1, *[1] * (kernel.ndim - 2))).flatten(0, 1)
+
+
+def _readers(graph: fx.Graph, name: str) -> set[fx.Node]:
+    return {user for n in graph.nodes if n.op == "get_attr" and n.target == name for user in n.users}
+
+
+def _store(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    """Put a parameter at a dotted name of the copy (whose module tree is its own) and read it."""
+    owner, _, leaf = name.rpartition(".")
+    holder = module.get_submodule(owner)
+    holder._buffers.pop(leaf, None)
+    holder.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    return module.graph.get_attr(name)
 
 
 def _tensor(module: fx.GraphModule, argument: Any) -> Tensor | None:

@@ -1,7 +1,9 @@
 """Write a graph of ATen operations as JSON and rebuild it, without executing anything that a file brings."""
 
 import operator
+import re
 from collections.abc import Callable
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -9,11 +11,13 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from zsq.errors import JobError, UsageError
+from zsq.graph.capture import get_tensor
 
 SIZE_ARITHMETIC: dict[str, Callable[..., Any]] = {
     f"operator.{name}": getattr(operator, name)
     for name in ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg")
 }
+FILE_OPERATIONS = ("from_file", "save")
 NAMED = {torch.dtype: "dtype", torch.layout: "layout", torch.memory_format: "memory_format"}
 
 
@@ -38,8 +42,11 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
 def graph_from_json(nodes: list[dict[str, Any]], root: nn.Module, class_name: str) -> fx.GraphModule:
     """Rebuild what `graph_to_json` wrote, on the tensors and submodules of `root`.
 
+    Nothing in the description is executed or becomes code: names are those of arguments, of tensors and modules
+    of `root`, and of ATen operations that neither write in place nor touch files.
+
     Raises:
-        UsageError: the description is damaged or names something that is not an ATen operation.
+        UsageError: the description is damaged or names anything else.
     """
     graph = fx.Graph()
     values: dict[str, fx.Node] = {}
@@ -47,20 +54,49 @@ def graph_from_json(nodes: list[dict[str, Any]], root: nn.Module, class_name: st
         for entry in nodes:
             op, name = entry["op"], entry["name"]
             args = tuple(_decode(a, values) for a in entry["args"])
-            kwargs = {k: _decode(v, values) for k, v in entry["kwargs"].items()}
+            kwargs = {_argument(k): _decode(v, values) for k, v in entry["kwargs"].items()}
+            if any(n.op == "output" for n in graph.nodes) or name in values:
+                raise ValueError(f"node {name!r} comes twice or after the output")
             if op == "output":
                 graph.output(args[0])
-                continue
-            if op not in ("placeholder", "get_attr", "call_module", "call_function"):
-                raise ValueError(f"unknown kind of node {op!r}")
-            target = _function(entry["target"]) if op == "call_function" else str(entry["target"])
-            values[name] = graph.create_node(op, target, args, kwargs, name)
+            else:
+                values[name] = graph.create_node(op, _target(op, entry["target"], root), args, kwargs, name)
+        ops = [n.op for n in graph.nodes]
+        if ops.count("placeholder") != 1 or ops.count("output") != 1:
+            raise ValueError("it needs one input and one output")
         graph.lint()
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        return fx.GraphModule(root, graph, class_name)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError, SyntaxError) as error:
         raise UsageError(
-            f"The graph in this file is damaged or from another version of zsq: {error}"
+            f"The graph in this file is damaged or from another version of zsq: {error}. Write the file again."
         ) from error
-    return fx.GraphModule(root, graph, class_name)
+
+
+def _target(op: str, target: str, root: nn.Module) -> str | Callable[..., Any]:
+    """What a node refers to, checked: torch.fx writes these names into Python code."""
+    if op == "call_function":
+        return _function(target)
+    if op == "placeholder":
+        return _argument(target)
+    if op == "get_attr":
+        get_tensor(root, _path(target))
+        return target
+    if op == "call_module":
+        root.get_submodule(_path(target))
+        return target
+    raise ValueError(f"unknown kind of node {op!r}")
+
+
+def _argument(name: str) -> str:
+    if not name.isidentifier() or iskeyword(name):
+        raise ValueError(f"{name!r} is not the name of an argument")
+    return name
+
+
+def _path(name: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"{name!r} is not the name of a tensor or module")
+    return name
 
 
 def _target_name(node: fx.Node) -> str:
@@ -72,8 +108,8 @@ def _target_name(node: fx.Node) -> str:
         if node.target is function:
             return name
     raise JobError(
-        f"The model uses the operation {node.target}, which is outside PyTorch's ATen set and cannot be saved. "
-        "Replace it by built-in tensor operations."
+        f"The model uses the operation {node.target}, which is outside PyTorch's ATen set and cannot be saved; "
+        "replace it by built-in tensor operations."
     )
 
 
@@ -82,8 +118,8 @@ def _function(name: str) -> Callable[..., Any]:
         return SIZE_ARITHMETIC[name]
     namespace, packet, overload = name.split(".")
     found = getattr(getattr(torch.ops.aten, packet), overload) if namespace == "aten" else None
-    if not isinstance(found, OpOverload):
-        raise ValueError(f"{name} is not an ATen operation")
+    if not isinstance(found, OpOverload) or found._schema.is_mutable or packet in FILE_OPERATIONS:
+        raise ValueError(f"{name!r} is not an ATen operation that computes a tensor from tensors")
     return found
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from zsq.graph.capture import LAYERS, device_of, get_tensor, layer_name, weight_node
+from zsq.graph.capture import LAYERS, device_of, get_tensor, weight_node
 from zsq.quant.quantizers import ActivationQuantizer, quantize_weight
 from zsq.quant.scheme import Placement, Scheme, place
 
@@ -26,9 +26,9 @@ class Quantizers:
 def attach(teacher: fx.GraphModule, scheme: Scheme) -> tuple[fx.GraphModule, Quantizers]:
     """A student: the teacher's graph with its weights rounded to nearest and activation quantizers inserted.
 
-    The student shares nothing with the teacher. Its activation quantizers have no range yet (NaN): `calibrate`
-    or the reconstruction sets it. Every reader of a quantized tensor has a quantizer call of its own, all of one
-    module, so that each can draw its own drop mask.
+    The student shares nothing with the teacher. Its activation quantizers have no range yet (NaN):
+    `calibrate` or the reconstruction sets it. Every reader of a quantized tensor has a quantizer call of its
+    own, all of one module, so that each can draw its own drop mask.
 
     Args:
         teacher: a captured network.
@@ -49,7 +49,7 @@ def attach(teacher: fx.GraphModule, scheme: Scheme) -> tuple[fx.GraphModule, Qua
 
 
 def _own_tensors(teacher: fx.GraphModule) -> nn.Module:
-    """A plain module tree with copies of the tensors that the graph reads, so that the teacher stays untouched."""
+    """A plain module tree with copies of the tensors that the graph reads; the teacher stays untouched."""
     root = nn.Module()
     for node in teacher.graph.nodes:
         if node.op != "get_attr":
@@ -57,10 +57,10 @@ def _own_tensors(teacher: fx.GraphModule) -> nn.Module:
         owner = root
         *path, name = str(node.target).split(".")
         for part in path:
-            if not hasattr(owner, part):
+            if part not in owner._modules:
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
-        if not hasattr(owner, name):
+        if name not in owner._parameters and name not in owner._buffers:
             tensor = get_tensor(teacher, str(node.target)).detach().clone()
             if isinstance(get_tensor(teacher, str(node.target)), nn.Parameter):
                 owner.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -75,7 +75,7 @@ def _attach_weights(student: fx.GraphModule, placement: Placement) -> dict[str, 
         weight = weight_node(node)
         if weight is None:
             continue
-        name = f"{layer_name(node)}.weight_quantizer"
+        name = f"{weight.target}_quantizer"
         while name in names.values():  # a weight that several layers share
             name += "_again"
         quantizer = quantize_weight(

@@ -10,7 +10,7 @@ from zsq.errors import UsageError
 from zsq.graph.capture import activations, aten, weight_node
 
 ENDS = ("8bit", "same")
-# Operations that move values without changing them; zero padding adds zeros, which every quantizer represents.
+# Operations that move values without changing them; zero padding adds zeros, which quantizers represent.
 MOVES = frozenset(
     {
         aten.slice.Tensor,
@@ -39,9 +39,9 @@ class Scheme:
     Attributes:
         weight_bits: 2..8.
         activation_bits: 2..8, or None to leave activations in float.
-        ends: "8bit" (protocol P-B: first and last layer's weights, the second layer's and the last layer's input
-            have 8 bits) or "same" (protocol P-A: every quantizer has the scheme's bits). The images themselves
-            are not quantized in either: they come as 8-bit pixels.
+        ends: "8bit" (protocol P-B: first and last layer's weights, the second layer's and the last layer's
+            input have 8 bits) or "same" (protocol P-A: every quantizer has the scheme's bits). The images
+            themselves are not quantized in either: they come as 8-bit pixels.
     """
 
     weight_bits: int = 4
@@ -101,13 +101,14 @@ class Placement:
 def place(graph: fx.Graph, scheme: Scheme) -> Placement:
     """Decide from the graph which tensors are quantized, and to how many bits.
 
-    Quantized are the weights and the input of every convolution and linear layer but the first one's input (the
-    image), and identity shortcuts: operands of an addition that another operand is computed from through a layer.
-    All such readers of one tensor share its quantizer, also through slices, pads and reshapes; where they
-    want different bits, the larger number holds.
+    Quantized are the weights and the input of every convolution and linear layer but the first one's input
+    (the image), and identity shortcuts: operands of an addition that another operand is computed from through
+    a layer. All such readers of one tensor share its quantizer, also through slices, pads and reshapes; where
+    they want different bits, the larger number holds.
 
-    With ends="8bit", 8 bits go to: weights of layers that no layer precedes, weights and input of layers that no
-    layer follows, and tensors that only first layers precede (the second layer's input; BRECQ's convention).
+    With ends="8bit", 8 bits go to: weights of layers that no layer precedes, weights and input of layers that
+    no layer follows, and tensors that only first layers precede (the second layer's input; BRECQ's
+    convention).
 
     Source: BRECQ and Genie (arXiv:2212.04780) as in their code; the sharing rule is Genie's.
     """
