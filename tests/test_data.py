@@ -3,6 +3,7 @@
 import io
 import logging
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -289,7 +290,7 @@ def test_numbers_sorted_as_text_are_pointed_out(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no picture", encoded(levels(64, 64, 3))[:-2000], b"%!PS-Adobe-3.0"]
+    "content", [b"", b"no picture", encoded(levels(64, 64, 3))[:-2000], encoded(levels(8, 8), "PCX")]
 )
 def test_broken_picture(tmp_path: Path, content: bytes) -> None:
     write(tmp_path / "cat" / "bad.png", content)
@@ -302,8 +303,21 @@ def test_broken_picture(tmp_path: Path, content: bytes) -> None:
 def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     write(tmp_path / "cat" / "big.png", encoded(levels(16, 8)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(UsageError, match=r"big\.png is refused: it has more pixels"):
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(UsageError, match=r"big\.png is refused: it has more pixels"),
+    ):
+        warnings.simplefilter("ignore")  # as a user may have it
         whole(open_dataset(tmp_path, spec()))
+
+
+def test_damaged_tags_of_a_picture_do_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    tags = b"Exif\0\0II*\0\x08\0\0\0\x05\0"  # five entries are announced, none follows
+    Image.fromarray(levels(8, 8, 3)).save(tmp_path / "cat" / "a.jpg", exif=tags)
+    with pytest.warns(UserWarning, match="EXIF"):
+        Image.open(tmp_path / "cat" / "a.jpg").close()
+    assert len(whole(open_dataset(tmp_path, spec()))[0]) == 1
 
 
 # Zip files
@@ -312,7 +326,7 @@ def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lim
 def test_zip_with_labels(tmp_path: Path) -> None:
     pixels = levels(4, 8, 8, 3)
     files: dict[str, bytes | str] = {
-        "set/labels.csv": '\ufefflabel, file ,author\n7,b.png,"x, y"\n0,./sub/a.png,\n2,sub\\c.png,z\n\n',
+        "set/labels.csv": '\ufefflabel, file ,author\n0,./sub/a.png,\n7,b.png,"x, y"\n2,sub\\c.png,z\n\n',
         "set/b.png": encoded(pixels[0]),
         "set/sub/a.png": encoded(pixels[1]),
         "set/sub/c.png": encoded(pixels[2]),

@@ -296,8 +296,9 @@ def _pictures(
 
     def read(positions: Sequence[int]) -> Tensor:
         images = torch.empty(len(positions), *spec.input_size)
-        # The filter holds for all threads; it is set here because setting it in them would be a race.
+        # The filters hold for all threads; they are set here because setting them in these would be a race.
         with warnings.catch_warnings(), ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # damaged tags: not used
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             for image, values in zip(images, pool.map(prepared, positions), strict=True):
                 image.copy_(values)

@@ -115,7 +115,7 @@ def _needed(outputs: set[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
 
 
 def _leading_size(node: fx.Node) -> str:
-    """The first dimension of a tensor as torch.export writes it ("s77", "4*s77", "3"); "" if there is none."""
+    """The first dimension of a tensor as torch.export writes it: "s77", "4*s77", "3"; "" if it has none."""
     value = node.meta.get("val")
     return str(value.shape[0]) if isinstance(value, torch.Tensor) and value.ndim > 0 else ""
 

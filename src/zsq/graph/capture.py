@@ -168,21 +168,21 @@ def _explain(error: Exception, input_size: tuple[int, int, int]) -> str:
     where = f" ({places[-1][0]}, line {places[-1][1]})" if places else ""
     if "data-dependent" in text:
         return (
-            f"The model cannot be captured: its forward takes another path, or another shape, depending on the "
-            f"values in a tensor{where}. zsq needs a forward without `if`, `.item()` or loops on tensor values; "
-            "replace them by torch.where or masks."
+            "The model cannot be captured: its forward takes another path, or another shape, depending on "
+            f"the values in a tensor{where}. zsq needs a forward without `if`, `.item()` or loops on tensor "
+            "values; replace them by torch.where or masks."
         )
     if "Constraints violated (batch)" in text:
         return (
-            "The model cannot be captured: its forward depends on the number of images (a branch or loop over "
-            "x.shape[0], or a reshape that fixes it). zsq needs one forward for any batch size; write "
+            "The model cannot be captured: its forward depends on the number of images (a branch or loop "
+            "over x.shape[0], or a reshape that fixes it). zsq needs one forward for any batch size; write "
             "x.flatten(1) or x.view(x.shape[0], -1)."
         )
     reason = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return (
         f"torch.export cannot capture this model with input {input_size}: {type(error).__name__}: "
-        f"{reason.rstrip('.')}. Check the input size; zsq needs a forward of plain tensor operations, without "
-        "NumPy, branches on tensor values or a fixed batch size."
+        f"{reason.rstrip('.')}. Check the input size; zsq needs a forward of plain tensor operations, "
+        "without NumPy, branches on tensor values or a fixed batch size."
     )
 
 
@@ -234,7 +234,7 @@ def _remove_in_place(graph_module: fx.GraphModule) -> None:
 
 
 def _remove_identities(graph_module: fx.GraphModule) -> None:
-    """Remove dropout and the like; before in-place writes are, because they return the tensor that is written."""
+    """Remove dropout and the like, which return the very tensor that a later write in place may mean."""
     for node in list(graph_module.graph.nodes):
         source = node.args[0] if node.args else None
         if node.op != "call_function" or not isinstance(source, fx.Node):
@@ -260,7 +260,7 @@ def _remove_unused(graph_module: fx.GraphModule) -> None:
 
 
 def _fold_constants(graph_module: fx.GraphModule) -> None:
-    """Compute what depends on parameters only (standardised weights, position tables); keep it as a buffer."""
+    """Compute what depends on parameters only (standardised weights, position tables), as a buffer."""
     graph = graph_module.graph
     varying = set(activations(graph))
     known: dict[fx.Node, Tensor] = {}
@@ -308,8 +308,8 @@ def _check(graph_module: fx.GraphModule, module: nn.Module, images: Tensor) -> N
         except Exception as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UsageError(
-                f"The captured model fails at another batch size: {reason.rstrip('.')}. Write its forward for any "
-                "number of images: x.flatten(1) or x.view(x.shape[0], -1)."
+                f"The captured model fails at another batch size: {reason.rstrip('.')}. Write its forward "
+                "for any number of images: x.flatten(1) or x.view(x.shape[0], -1)."
             ) from error
     same = len(got) == len(expected) and all(
         a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4, equal_nan=True)
@@ -317,7 +317,7 @@ def _check(graph_module: fx.GraphModule, module: nn.Module, images: Tensor) -> N
     )
     if not same:
         raise UsageError(
-            "The captured graph does not compute what the model computes: its forward may write in place into a "
-            "part of a tensor (y[:, 0] = 0), draw random numbers, or depend on the number of images. Write it "
-            "without these; torch.where and torch.cat replace such writes."
+            "The captured graph does not compute what the model computes: its forward may write in place into "
+            "a part of a tensor (y[:, 0] = 0), draw random numbers, or depend on the number of images. Write "
+            "it without these; torch.where and torch.cat replace such writes."
         )

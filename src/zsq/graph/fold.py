@@ -18,9 +18,9 @@ class BatchNormPair:
 
     Attributes:
         batch_norm: name of its node.
-        layer: name of the convolution or linear node that it follows directly and alone; None if there is none
-            (pre-activation, after a ReLU, a pool or an addition, other readers of the layer's output, another
-            axis than the layer's output channels, or no stored statistics).
+        layer: name of the convolution or linear node that it follows directly and alone; None if there is
+            none (pre-activation, after a ReLU, a pool or an addition, other readers of the layer's output,
+            another axis than the layer's output channels, or no stored statistics).
     """
 
     batch_norm: str
@@ -60,7 +60,7 @@ def fold_batch_norms(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, list
 
 
 def _foldable(layer: fx.Node, norm: fx.Node) -> bool:
-    """Whether `norm` scales the output channels of `layer` by constants, and nothing else reads that output."""
+    """Whether `norm` scales the output channels of `layer` by constants and is its only reader."""
     if weight_node(layer) is None or len(layer.users) != 1:
         return False
     if layer.target is aten.linear.default and layer.meta["val"].ndim != 2:
@@ -109,8 +109,8 @@ def _scaled(kernel: Tensor, factor: Tensor, layer: fx.Node) -> Tensor:
     if LAYERS[layer.target] == 0:
         return kernel * factor.view(-1, *[1] * (kernel.ndim - 1))
     # A transposed convolution: (C_in, C / groups, ...), each group of inputs makes its own output channels.
-    groups = layer.args[6] if len(layer.args) > 6 else 1
-    by_group = kernel.unflatten(0, (groups, -1))
+    groups: Any = layer.args[6] if len(layer.args) > 6 else 1
+    by_group: Tensor = kernel.unflatten(0, (groups, -1))
     return (by_group * factor.view(groups, 1, -1, *[1] * (kernel.ndim - 2))).flatten(0, 1)
 
 

@@ -42,8 +42,8 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
 def graph_from_json(nodes: list[dict[str, Any]], root: nn.Module, class_name: str) -> fx.GraphModule:
     """Rebuild what `graph_to_json` wrote, on the tensors and submodules of `root`.
 
-    Nothing in the description is executed or becomes code: names are those of arguments, of tensors and modules
-    of `root`, and of ATen operations that neither write in place nor touch files.
+    Nothing in the description is executed or becomes code: names are those of arguments, of tensors and
+    modules of `root`, and of ATen operations that neither write in place nor touch files.
 
     Raises:
         UsageError: the description is damaged or names anything else.
@@ -68,7 +68,8 @@ def graph_from_json(nodes: list[dict[str, Any]], root: nn.Module, class_name: st
         return fx.GraphModule(root, graph, class_name)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError, SyntaxError) as error:
         raise UsageError(
-            f"The graph in this file is damaged or from another version of zsq: {error}. Write the file again."
+            f"The graph in this file is damaged or from another version of zsq ({error}). "
+            "Write the file again."
         ) from error
 
 
@@ -108,8 +109,8 @@ def _target_name(node: fx.Node) -> str:
         if node.target is function:
             return name
     raise JobError(
-        f"The model uses the operation {node.target}, which is outside PyTorch's ATen set and cannot be saved; "
-        "replace it by built-in tensor operations."
+        f"The model uses the operation {node.target}, which is outside PyTorch's ATen set and cannot be "
+        "saved; replace it by built-in tensor operations."
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from zsq.errors import JobError
 from zsq.graph.blocks import Unit, extract, last_readers
 from zsq.graph.capture import aten, get_tensor, weight_node
 from zsq.quant.affine import MIN_SCALE
@@ -86,6 +87,9 @@ def reconstruct(
         finished: state dicts of finished units by name; those found there are taken over, others are added.
         log: called as log(unit name, step, steps, values).
 
+    Raises:
+        JobError: a unit returns NaN or infinity where the teacher's does not.
+
     An activation quantizer that several units call belongs to the first of them; the others take it as it is.
 
     Source: BRECQ (arXiv:2102.05426) for the units, QDrop (2203.05740) for the drops, Genie (2212.04780) for
@@ -133,6 +137,7 @@ def reconstruct(
             student.set_submodule(name, quantizer)
         settled.update(owned.values())
         outputs = forward_in_chunks(student_part, student_inputs)
+        _refuse_nan(unit, targets, outputs)
         result = UnitResult(unit.name, len(unit.layers), snr_nearest, _snr(targets, outputs))
         results.append(result)
         if done is None:
@@ -228,6 +233,14 @@ def forward_in_chunks(part: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]
     """Outputs of a unit for all images, computed a few images at a time."""
     pieces = [part(*(x[i : i + CHUNK] for x in inputs)) for i in range(0, len(inputs[0]), CHUNK)]
     return [torch.cat(column) for column in zip(*pieces, strict=True)]
+
+
+def _refuse_nan(unit: Unit, targets: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    if any(bool((t.isfinite() & ~o.isfinite()).any()) for t, o in zip(targets, outputs, strict=True)):
+        raise JobError(
+            f"The quantized model returns NaN or infinity in {unit.name} on its own images. A learning rate may be "
+            "too large (--set reconstruction.lr_rounding=..., reconstruction.lr_weight_scale=...)."
+        )
 
 
 def _snr(targets: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
