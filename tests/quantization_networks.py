@@ -131,13 +131,14 @@ def attached(
     kind: type[nn.Module], bits: str, *, ends: str = "8bit"
 ) -> tuple[fx.GraphModule, fx.GraphModule, Quantizers, tuple[Unit, ...]]:
     """Captured teacher, its student with quantizers that have no range yet, the quantizers and the units."""
-    original, units = _captured(kind)
+    original, units = _captured(kind.__name__)
     student, quantizers = attach(original, parse_bits(bits, ends=ends))
     return original, student, quantizers, units
 
 
 @functools.cache
-def _captured(kind: type[nn.Module]) -> tuple[fx.GraphModule, tuple[Unit, ...]]:
+def _captured(name: str) -> tuple[fx.GraphModule, tuple[Unit, ...]]:
     """Shared by all tests: nothing may change a teacher."""
+    kind: type[nn.Module] = globals()[name]
     original = capture(made(kind).requires_grad_(False), SIZE)
     return original, split(original.graph)

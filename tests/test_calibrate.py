@@ -106,4 +106,4 @@ def test_settings_are_checked() -> None:
         {"percentile": 1.1},
     ):
         with pytest.raises(UsageError, match=f"calibration.{next(iter(settings))}"):
-            Calibration(**settings)  # type: ignore[arg-type]
+            Calibration(**settings)

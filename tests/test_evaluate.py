@@ -109,7 +109,8 @@ def test_decibels_are_numbers_that_json_has() -> None:
     assert signal_to_noise(100.0, 1.0) == 20.0
     assert signal_to_noise(1.0, 100.0) == -20.0
     assert signal_to_noise(1.0, 0.0) == signal_to_noise(0.0, 0.0) == 999.0
-    for signal, noise in ((0.0, 1.0), (1.0, math.inf), (1.0, math.nan), (math.nan, 1.0), (math.inf, math.inf)):
+    inf, nan = math.inf, math.nan
+    for signal, noise in ((0.0, 1.0), (1.0, inf), (1.0, nan), (nan, 1.0), (inf, inf)):
         assert -999.0 <= signal_to_noise(signal, noise) < 0
     assert signal_to_noise(math.nan, 0.0) == -999.0
     assert signal_to_noise(math.inf, 1.0) == 999.0

@@ -1,6 +1,7 @@
 """The whole job: one seed one result, interrupted anywhere and continued, refused without a trace."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from zsq.models import Teacher
 from zsq.pipeline import quantize, synthesize_images
 from zsq.progress import Progress
 from zsq.run import load_run
+from zsq.student import student_to_bytes
 
 TINY: dict[str, Any] = {
     "synthesis.num_images": 20,
@@ -146,11 +148,18 @@ def test_given_images_replace_synthesis(model: Teacher) -> None:
     assert all(tuple(row.flatten().tolist()) in rows for row in few.images)
 
 
-def test_networks_without_batch_norm_take_given_images_or_noise() -> None:
+def test_networks_without_batch_norm_take_given_images_or_noise(tmp_path: Path) -> None:
     model = teacher(Tokens)
     assert tiny(model, images=images(12)).images.shape == (12, *SIZE)
-    assert "BatchNorm" in message(lambda: tiny(model))
+    out = tmp_path / "run"
+    assert "BatchNorm" in message(lambda: tiny(model, out=out)) and not out.exists()
+    assert "BatchNorm" in message(lambda: synthesize_images(model, out=out)) and not out.exists()
     quantize(model, recipe="noise-nearest", overrides={"synthesis.num_images": 8})
+
+
+def test_images_made_before_give_the_same_result(model: Teacher, undisturbed: dict[str, bytes]) -> None:
+    made = synthesize_images(model, recipe="genie", overrides=TINY, seed=3)
+    assert student_to_bytes(tiny(model, made=made).student) == undisturbed["student.safetensors"]
 
 
 # ---- wrong calls write nothing
@@ -171,6 +180,7 @@ def test_wrong_calls_leave_nothing_behind(model: Teacher, tmp_path: Path) -> Non
         ({"images": images(0)}, "The given images have shape (0, 3, 8, 8)"),
         ({"images": images(4) / 0}, "NaN"),
         ({"images": torch.zeros(4, *SIZE, dtype=torch.uint8)}, "uint8"),
+        ({"device": "gpu"}, "The device 'gpu' is unknown"),
         *([] if torch.cuda.is_available() else [({"device": "cuda"}, "no CUDA device")]),
     ]
     for options, text in wrong:
@@ -178,6 +188,9 @@ def test_wrong_calls_leave_nothing_behind(model: Teacher, tmp_path: Path) -> Non
         assert text in message(lambda call=call: tiny(model, out=out, **call))  # type: ignore[misc]
         assert not out.exists()
     assert "makes no images" in message(lambda: synthesize_images(model, recipe="given", out=out))
+    assert "unknown" in message(lambda: synthesize_images(model, out=out, device="gpu"))
+    plain = Teacher(nn.Sequential(nn.ReLU(), nn.Flatten()), input_size=SIZE, mean=(0,) * 3, std=(1,) * 3)
+    assert "nothing to quantize" in message(lambda: quantize(plain, recipe="noise-nearest", out=out))
     assert not out.exists()
 
 
@@ -206,8 +219,8 @@ def test_interrupted_at_any_event_and_continued(
 ) -> None:
     events: list[Progress] = []
     tiny(model, out=tmp_path / "count", progress=events.append)
-    holdout = [i for i, e in enumerate(events) if e.stage == "synthesize" and e.item == "batch 1 of 1"]
-    batches = [i for i, e in enumerate(events) if e.stage == "synthesize" and i not in holdout]
+    holdout = [i for i, e in enumerate(events) if e.stage == "holdout"]
+    batches = [i for i, e in enumerate(events) if e.stage == "synthesize"]
     units = [i for i, e in enumerate(events) if e.stage == "reconstruct"]
     assert (
         holdout and len({events[i].item for i in batches}) == 2 and len({events[i].item for i in units}) == 4
@@ -229,7 +242,8 @@ def test_interrupted_at_any_event_and_continued(
         first, second = json.loads(after["run.json"]), json.loads(undisturbed["run.json"])
         assert first["results"] == second["results"]
         if at > batches[-1]:  # finished batches are not made again
-            assert not any(e.stage == "synthesize" and e.item != "batch 1 of 1" for e in seen)
+            made = [e for e in seen if e.stage == "synthesize"]
+            assert len(made) == 2 and all(e.resumed and not e.values for e in made)
 
 
 def test_interrupted_again_and_again(model: Teacher, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
@@ -377,9 +391,9 @@ def test_a_full_disk_keeps_what_was_finished(
         def full(*args: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        original = run_module.os.replace
+        original = os.replace
         calls = iter(range(100))
-        patch.setattr(run_module.os, "replace", lambda a, b: original(a, b) if next(calls) < 4 else full())
+        patch.setattr(os, "replace", lambda a, b: original(a, b) if next(calls) < 4 else full())
         with pytest.raises(JobError, match="No space left on device"):
             tiny(model, out=out)
     assert len(list((out / "state").iterdir())) == 3

@@ -99,7 +99,9 @@ def test_overrides_refused(name: str, value: Any, text: str) -> None:
 
 
 def test_overrides_of_a_stage_that_the_recipe_does_not_use() -> None:
-    with pytest.raises(UsageError, match="'reconstruction.steps' is inside 'reconstruction', which this recipe"):
+    with pytest.raises(
+        UsageError, match="'reconstruction.steps' is inside 'reconstruction', which this recipe"
+    ):
         with_overrides(NOISE_NEAREST, {"reconstruction.steps": 5})
     with pytest.raises(UsageError, match="type Reconstruction or NoneType"):
         with_overrides(NOISE_NEAREST, {"reconstruction": 5})
@@ -109,7 +111,9 @@ def test_overrides_of_a_stage_that_the_recipe_does_not_use() -> None:
 
 
 def test_several_overrides_apply_in_order() -> None:
-    changed = with_overrides(GENIE, {"synthesis.steps": 5, "reconstruction.steps": 7, "synthesis.swing": False})
+    changed = with_overrides(
+        GENIE, {"synthesis.steps": 5, "reconstruction.steps": 7, "synthesis.swing": False}
+    )
     assert isinstance(changed.synthesis, Synthesis) and changed.reconstruction is not None
     assert (changed.synthesis.steps, changed.synthesis.swing, changed.reconstruction.steps) == (5, False, 7)
     assert with_overrides(GENIE, {}) is GENIE
@@ -167,7 +171,10 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
     if budget == "paper":
         assert scaled is recipe
         return
-    num_images, synthesis_steps, reconstruction_steps = COUNTS[budget]
+    num_images, synthesis_steps, reconstruction_steps = COUNTS[budget, False]
+    assert with_budget(recipe, budget, input_size=(3, 64, 64)) == scaled
+    large = with_budget(recipe, budget, input_size=(3, 224, 224))
+    assert large.synthesis.num_images == COUNTS[budget, True][0]
     assert scaled.synthesis.num_images == num_images
     if isinstance(scaled.synthesis, Synthesis):
         assert scaled.synthesis.steps == synthesis_steps
@@ -181,7 +188,11 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
 
 
 def test_budgets_grow() -> None:
-    assert all(quick < standard for quick, standard in zip(COUNTS["quick"], COUNTS["standard"], strict=True))
+    for large in (False, True):
+        pairs = zip(COUNTS["quick", large], COUNTS["standard", large], strict=True)
+        assert all(quick < standard for quick, standard in pairs)
+    for budget in ("quick", "standard"):
+        assert all(a < b for a, b in zip(COUNTS[budget, True], COUNTS[budget, False], strict=True))
 
 
 def test_compose_recipe() -> None:
@@ -190,7 +201,7 @@ def test_compose_recipe() -> None:
     )
     assert found.scheme.bits == "W3A5" and found.scheme.ends == "same"
     assert isinstance(found.synthesis, Synthesis)
-    assert (found.synthesis.steps, found.synthesis.num_images) == (3, COUNTS["quick"][0])
+    assert (found.synthesis.steps, found.synthesis.num_images) == (3, COUNTS["quick", False][0])
     assert compose_recipe(GENIE) is GENIE  # the published counts unless a budget is asked for
     assert compose_recipe("genie", bits="W2").scheme.ends == GENIE.scheme.ends
     assert compose_recipe("genie", ends="same").scheme.bits == GENIE.scheme.bits

@@ -20,6 +20,7 @@ import zsq.recover.reconstruct as reconstruct_module
 from zsq.graph.blocks import Unit, extract
 from zsq.quant.attach import Quantizers
 from zsq.quant.calibrate import calibrate
+from zsq.quant.dropping import mix
 from zsq.quant.quantizers import ActivationQuantizer, LearnedRounding, WeightQuantizer, quantize_weight
 from zsq.quant.rounding import rectified_sigmoid
 from zsq.recipe import Calibration, Reconstruction
@@ -232,7 +233,7 @@ def test_a_unit_changes_only_its_own(kind: type[nn.Module]) -> None:
 
 
 def test_inputs_and_targets_of_every_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Targets and clean inputs are the teacher's, quantized inputs those of the finished student before it."""
+    """Targets and clean inputs are the teacher's, quantized inputs those of the finished student."""
     parts = attached(Summing, "W3A3", ends="same")
     teacher, student, _, units = parts
     x = images(70)  # two chunks
@@ -260,7 +261,7 @@ def test_inputs_and_targets_of_every_unit(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_every_step_sees_distinct_images_and_mixes_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Tensor, Tensor]] = []
-    original = reconstruct_module.mix
+    original = mix
 
     def record(x: Tensor, other: Tensor, prob: float, rng: torch.Generator) -> Tensor:
         assert prob == 0.25
@@ -393,9 +394,9 @@ def test_finished_units_are_taken_over_bit_for_bit(kind: type[nn.Module], bits: 
     for count in range(1, len(names) + 1):
         parts = attached(kind, bits)
         some = {name: finished[name] for name in names[:count]}
-        steps: list[tuple[str, int]] = []
+        steps: list[tuple[Any, ...]] = []
         again = run(
-            parts, settings=settings, finished=some, log=lambda unit, step, *_: steps.append((unit, step))
+            parts, settings=settings, finished=some, log=lambda *event, to=steps: to.append(event[:2])
         )
         assert student_to_bytes(parts[1]) == expected
         assert again == results  # numbers of the record included

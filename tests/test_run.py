@@ -120,7 +120,9 @@ def test_a_damaged_piece_counts_as_not_finished(damage: str, tmp_path: Path) -> 
         path.mkdir()
     else:
         flipped = content[:300] + bytes([content[300] ^ 1]) + content[301:]
-        path.write_bytes({"cut": content[:-5], "empty": b"", "flip": flipped, "longer": content + b"x"}[damage])
+        path.write_bytes(
+            {"cut": content[:-5], "empty": b"", "flip": flipped, "longer": content + b"x"}[damage]
+        )
     assert "piece" not in state
     with pytest.raises(KeyError):
         state["piece"]
@@ -182,8 +184,9 @@ def test_load_refuses_what_is_no_finished_run(tmp_path: Path) -> None:
     assert "The call that began it (zsq quantize x) continues it." in message(lambda: load_run(folder))
     record.write_text(json.dumps({**good, "status": "running", "command": None}))
     assert "is not finished. The call that began it continues it." in message(lambda: load_run(folder))
-    for broken in ({"model": {}}, {"model": None}, {"model": {"spec": {"input_size": [1]}}}):
-        record.write_text(json.dumps({**good, **broken}))
+    broken: list[dict[str, Any] | None] = [{}, None, {"spec": None}, {"spec": {"input_size": [1]}}]
+    for model in broken:
+        record.write_text(json.dumps({**good, "model": model}))
         assert "incomplete or damaged" in message(lambda: load_run(folder))
     record.write_text(json.dumps(good))
     load_run(folder)

@@ -23,8 +23,8 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
     Args:
         recipe: with the published counts.
         budget: "quick" (minutes on two CPU cores), "standard" or "paper".
-        input_size: (C, H, W) of the model; inputs of more than 64 x 64 pixels get smaller counts, since there a step
-            costs fifty times that of 32 x 32.
+        input_size: (C, H, W) of the model; inputs of more than 64 x 64 pixels get smaller counts, since there a
+            step costs fifty times that of 32 x 32.
 
     Raises:
         UsageError: an unknown budget.

@@ -1,5 +1,6 @@
 """From a teacher to a low-bit student: the stages, top to bottom."""
 
+import copy
 import hashlib
 import json
 import platform
@@ -17,11 +18,12 @@ from torch import Tensor, fx
 
 from zsq._version import __version__
 from zsq.budget import with_budget
-from zsq.errors import JobError, UsageError
+from zsq.errors import UsageError
 from zsq.evaluate import agreement, unit_signal_to_noise
 from zsq.graph.blocks import split
 from zsq.graph.capture import capture
 from zsq.graph.fold import fold_batch_norms
+from zsq.images.forward import observe
 from zsq.images.settings import Synthesis
 from zsq.images.synthesize import batch_sizes, synthesize
 from zsq.models import Teacher, load_model
@@ -83,7 +85,7 @@ def compose_recipe(
     overrides: Mapping[str, Any] | None = None,
     input_size: tuple[int, int, int] | None = None,
 ) -> Recipe:
-    """A recipe by name with bits, budget (for models of `input_size`) and single settings replaced, in this order.
+    """A recipe by name with bits, budget (for models of `input_size`) and single settings replaced in turn.
 
     Raises:
         UsageError: an unknown name, bits, budget or setting.
@@ -124,8 +126,8 @@ def quantize(
         overrides: single settings by dotted name, {"synthesis.steps": 500}.
         images: (N, C, H, W), normalised, float; for recipes that use given images, and in place of the
             synthesis of others.
-        made: what `synthesize_images` gave for the same model, recipe, budget, overrides and seed, so that a sweep
-            over bits makes them once; the result is that of a call without it.
+        made: what `synthesize_images` gave for the same model, recipe, budget, overrides and seed, so that a
+            sweep over bits makes them once; the result is that of a call without it.
         seed: all randomness follows from it.
         device: where to compute.
         out: run folder to write; an interrupted run of the same call in it is continued.
@@ -150,16 +152,18 @@ def quantize(
             f"The recipe {settings.name!r} needs images: give --images PATH (a folder, an npz or a zip), or "
             "take a recipe that makes its own, such as genie."
         )
-    target = torch.device(device)
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("The device cuda was asked for, but PyTorch finds no CUDA device. Use --device cpu.")
+    target = _device(device)
+    account = _Account(progress)
+    with account.timed("capture"):
+        graph = captured(teacher, target)
+        _check_graph(graph, settings)
     identity = _identity("quantize", teacher, settings, images, seed, target)
     folder = Path(out) if out is not None else None
     state: State = {}
     if folder is not None:
         state = _open_state(folder, identity, force=force, command=command)
-    account = _Account(progress)
-    run = _run_stages(teacher, settings, images if made is None else made, seed, target, state, account)
+    given = images if made is None else made
+    run = _run_stages(teacher, graph, settings, given, seed, target, state, account)
     run.record = {
         "format": FORMAT,
         "status": "done",
@@ -198,13 +202,14 @@ def synthesize_images(
     settings = compose_recipe(recipe, budget=budget, overrides=overrides, input_size=teacher.spec.input_size)
     if isinstance(settings.synthesis, GivenImages):
         raise UsageError(f"The recipe {settings.name!r} makes no images.")
-    target = torch.device(device)
+    target = _device(device)
+    graph = captured(teacher, target)
+    _check_graph(graph, settings)
     state: State = {}
     folder = Path(out) if out is not None else None
     if folder is not None:
         identity = _identity("synthesize", teacher, settings, None, seed, target)
         state = _open_state(folder, identity, force=force, command=None)
-    graph = captured(teacher, target)
     images = _make_images(graph, teacher, settings, None, seed, target, state, _Account(progress))
     if folder is not None:
         write_images(folder, images, teacher.spec)
@@ -213,16 +218,35 @@ def synthesize_images(
     return images.cpu()
 
 
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"The device {device!r} is unknown. Expected cpu, cuda or cuda:N.") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("The device cuda was asked for, but PyTorch finds no CUDA device. Use --device cpu.")
+    return found
+
+
 def captured(teacher: Teacher, device: torch.device) -> fx.GraphModule:
     """The teacher's graph on a device."""
-    import copy
-
     module = teacher.module if device.type == "cpu" else copy.deepcopy(teacher.module).to(device)
     return capture(module, teacher.spec.input_size)
 
 
+def _check_graph(graph: fx.GraphModule, settings: Recipe) -> None:
+    """Refuse a model that the recipe cannot work on, before anything is written."""
+    try:
+        split(graph.graph)
+    except ValueError as error:
+        raise UsageError(f"There is nothing to quantize in this model: {error}.") from error
+    if isinstance(settings.synthesis, Synthesis):
+        observe(graph)
+
+
 def _run_stages(
     teacher: Teacher,
+    graph: fx.GraphModule,
     settings: Recipe,
     given: Tensor | None,
     seed: int,
@@ -230,23 +254,23 @@ def _run_stages(
     state: State,
     account: _Account,
 ) -> Run:
-    with account.timed("capture"):
-        graph = captured(teacher, device)
-        units = split(graph.graph)
     with account.timed("synthesize"):
         images = _make_images(graph, teacher, settings, given, seed, device, state, account)
     with account.timed("quantize"):
         original = fold_batch_norms(graph)[0] if settings.fold_batch_norm else graph
-        if settings.fold_batch_norm:
-            units = split(original.graph)
+        units = split(original.graph)
         student, quantizers = attach(original, settings.scheme)
     with account.timed("reconstruct"):
         steps = settings.reconstruction.steps if settings.reconstruction else 1
         position = {unit.name: i for i, unit in enumerate(units)}
 
+        taken_over = set(state)
+
         def log(unit: str, step: int, _: int, values: dict[str, float]) -> None:
-            done = position[unit] * steps + (step + 1 if step >= 0 else steps)
-            account(Progress("reconstruct", unit, done, len(units) * steps, values))
+            index = position[unit]
+            done = index * steps + (step + 1 if step >= 0 else steps)
+            resumed = f"unit-{index:03d}" in taken_over
+            account(Progress("reconstruct", unit, done, len(units) * steps, values, resumed))
 
         results = reconstruct(
             original,
@@ -315,6 +339,8 @@ def _synthesize(
     seed: int,
     state: State,
     account: _Account,
+    *,
+    stage: str = "synthesize",
 ) -> Tensor:
     sizes = batch_sizes(settings.num_images, settings.batch_size)
 
@@ -322,8 +348,12 @@ def _synthesize(
         index = int(batch.rpartition("-")[2])
         done = index * steps + step + 1
         item = f"batch {index + 1} of {len(sizes)}"
-        account(Progress("synthesize", item, done, len(sizes) * steps, values))
+        account(Progress(stage, item, done, len(sizes) * steps, values))
 
+    for index in range(len(sizes)):
+        if f"synthesis-{index:03d}" in state:
+            item, done = f"batch {index + 1} of {len(sizes)}", (index + 1) * settings.steps
+            account(Progress(stage, item, done, len(sizes) * settings.steps, resumed=True))
     return synthesize(graph, settings, input_size, seed=seed, finished=state, log=log)
 
 
@@ -338,7 +368,9 @@ def _make_holdout(
         alone = replace(source, num_images=settings.num_holdout)
         own_seed = derived_seed(seed, "holdout")
         state["holdout"] = {
-            "images": _synthesize(graph, alone, teacher.spec.input_size, own_seed, {}, account)
+            "images": _synthesize(
+                graph, alone, teacher.spec.input_size, own_seed, {}, account, stage="holdout"
+            )
         }
     return state["holdout"]["images"]
 

@@ -109,7 +109,8 @@ def student_from_file(path: Path) -> fx.GraphModule:
         student = graph_from_json(metadata["graph"], root, "Student")
     except _DAMAGE as error:
         raise UsageError(
-            f"{path} is damaged: {error}. Quantize again, or copy the file from where it was written."
+            f"{path} is damaged: {str(error).rstrip('.')}. "
+            "Quantize again, or copy the file from where it was written."
         ) from error
     return student.eval()
 

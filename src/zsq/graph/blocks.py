@@ -76,6 +76,9 @@ def extract(graph_module: fx.GraphModule, inputs: Sequence[str], outputs: Sequen
         graph_module: a captured network, with or without quantizers; left as it is.
         inputs: names of the nodes that become its arguments, in this order.
         outputs: names of the nodes that it returns, always as a tuple.
+
+    Raises:
+        ValueError: the outputs are computed from more than the inputs.
     """
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
@@ -87,6 +90,8 @@ def extract(graph_module: fx.GraphModule, inputs: Sequence[str], outputs: Sequen
     for node in graph_module.graph.nodes:
         if node not in wanted or node in values:
             continue
+        if node.op == "placeholder":
+            raise ValueError(f"{', '.join(outputs)} are not computed from {', '.join(inputs)} alone")
         if node.target is aten.sym_size.int and node.args[0] not in wanted:
             size = str(node.meta.get("val", ""))
             same = [by_name[i] for i in inputs if _leading_size(by_name[i]) == size]
@@ -183,7 +188,7 @@ def _attach_weightless(nodes: list[fx.Node], segments: list[_Segment]) -> list[_
             pending.append(segment)
         else:
             path = _segment_path(nodes, segment)
-            before = _shared_depth(path, _segment_path(nodes, result[-1]))
+            before = _shared_depth(path, layer_name(_last_layer(nodes, result[-1])))
             after = _shared_depth(path, _segment_path(nodes, following))
             keeps = _shape(nodes[segment.end - 1]) == _shape(nodes[result[-1].end - 1])
             if after > before or (after == before and not keeps):
@@ -191,6 +196,10 @@ def _attach_weightless(nodes: list[fx.Node], segments: list[_Segment]) -> list[_
             else:
                 result[-1] = result[-1].joined(segment)
     return result
+
+
+def _last_layer(nodes: list[fx.Node], segment: _Segment) -> fx.Node:
+    return [n for n in nodes[segment.start : segment.end] if weight_node(n) is not None][-1]
 
 
 def _shape(node: fx.Node) -> tuple[str, ...]:

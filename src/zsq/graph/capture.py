@@ -21,8 +21,13 @@ aten = torch.ops.aten
 IDENTITIES: frozenset[Any] = frozenset(
     {
         aten.dropout.default,
+        aten.dropout_.default,
         aten.feature_dropout.default,
+        aten.feature_dropout_.default,
         aten.alpha_dropout.default,
+        aten.alpha_dropout_.default,
+        aten.feature_alpha_dropout.default,
+        aten.feature_alpha_dropout_.default,
         aten.alias.default,
         aten.detach.default,
     }
@@ -263,7 +268,7 @@ def _fold_constants(graph_module: fx.GraphModule) -> None:
     """Compute what depends on parameters only (standardised weights, position tables), as a buffer."""
     graph = graph_module.graph
     varying = set(activations(graph))
-    known: dict[fx.Node, Tensor] = {}
+    known: dict[fx.Node, Any] = {}  # tensors, and tuples of them
     for node in list(graph.nodes):
         if node in varying or node.op == "output":
             continue
@@ -272,11 +277,11 @@ def _fold_constants(graph_module: fx.GraphModule) -> None:
         elif node.op == "call_function" and all(a in known for a in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
             with torch.no_grad():
-                value = node.target(*args, **kwargs)
-            if isinstance(value, Tensor):
-                known[node] = value
+                known[node] = node.target(*args, **kwargs)
     for node in list(graph.nodes):
-        if node.op == "call_function" and node in known and any(u not in known for u in node.users):
+        if node.op != "call_function" or not isinstance(known.get(node), Tensor):
+            continue
+        if any(user not in known for user in node.users):
             layer = next((u for u in node.users if u.target in LAYERS and u.args[1] is node), None)
             path = module_path(layer) if layer is not None else ""
             name = f"{path}.constant_{node.name}".lstrip(".")
@@ -317,7 +322,7 @@ def _check(graph_module: fx.GraphModule, module: nn.Module, images: Tensor) -> N
     )
     if not same:
         raise UsageError(
-            "The captured graph does not compute what the model computes: its forward may write in place into "
+            "The captured graph does not compute what the model computes: its forward may write in place to "
             "a part of a tensor (y[:, 0] = 0), draw random numbers, or depend on the number of images. Write "
             "it without these; torch.where and torch.cat replace such writes."
         )

@@ -238,8 +238,8 @@ def forward_in_chunks(part: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]
 def _refuse_nan(unit: Unit, targets: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     if any(bool((t.isfinite() & ~o.isfinite()).any()) for t, o in zip(targets, outputs, strict=True)):
         raise JobError(
-            f"The quantized model returns NaN or infinity in {unit.name} on its own images. A learning rate may be "
-            "too large (--set reconstruction.lr_rounding=..., reconstruction.lr_weight_scale=...)."
+            f"The quantized model returns NaN or infinity in {unit.name} on its own images. A learning rate "
+            "may be too large (--set reconstruction.lr_rounding=..., reconstruction.lr_weight_scale=...)."
         )
 
 

@@ -1,0 +1,91 @@
+"""Every recipe of the table on a tiny network, and pairs of parts that no recipe pairs."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from quantization_networks import SIZE, Residual, images, teacher
+
+from zsq.images.settings import Synthesis
+from zsq.models import Teacher
+from zsq.pipeline import compose_recipe, quantize
+from zsq.progress import Progress
+from zsq.recipe import Calibration, GaussianNoise, GivenImages, Recipe, describe
+from zsq.recipes import RECIPES, get_recipe
+from zsq.recipes.genie import GENIE
+from zsq.run import Run
+from zsq.student import student_to_bytes
+
+
+@pytest.fixture(scope="module")
+def model() -> Teacher:
+    return teacher(Residual)
+
+
+def shrunk(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with counts for a test; what it does stays."""
+    source = recipe.synthesis
+    if isinstance(source, Synthesis):
+        source = replace(source, num_images=10, batch_size=10, steps=30, latent_size=8, lr_latent=0.01)
+    else:
+        source = replace(source, num_images=10)
+    reconstruction = recipe.reconstruction and replace(recipe.reconstruction, steps=3, batch_size=5)
+    return replace(recipe, synthesis=source, reconstruction=reconstruction, num_holdout=2, **changes)
+
+
+def run(model: Teacher, recipe: Recipe, seed: int = 0, **options: Any) -> Run:
+    given = images(16) if isinstance(recipe.synthesis, GivenImages) else None
+    return quantize(model, recipe=recipe, budget="paper", images=given, seed=seed, **options)
+
+
+def test_the_table() -> None:
+    assert set(RECIPES) == {"genie", "given", "given-nearest", "noise", "noise-nearest"}
+    for name, recipe in RECIPES.items():
+        assert recipe.name == name and recipe.paper and get_recipe(name) is recipe
+    assert compose_recipe("genie") == GENIE
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_runs_and_one_seed_gives_one_result(name: str, model: Teacher) -> None:
+    recipe = shrunk(RECIPES[name])
+    first, again, other = (run(model, recipe, seed) for seed in (1, 1, 2))
+    assert first.images.shape == (10, *SIZE)
+    logits = first.student(images(3))
+    assert logits.shape == (3, 7) and bool(logits.isfinite().all())
+    assert student_to_bytes(first.student) == student_to_bytes(again.student)
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, other.images)
+    described = describe(recipe)
+    assert first.record["recipe"] == json.loads(json.dumps(described, allow_nan=False)) == described
+    json.dumps(first.record, allow_nan=False)
+    learned = [u["snr"] != u["snr_nearest"] for u in first.record["results"]["units"]]
+    assert any(learned) if recipe.reconstruction else not any(learned)
+
+
+@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if isinstance(r.synthesis, Synthesis)])
+def test_synthesis_lowers_its_loss(name: str, model: Teacher) -> None:
+    events: list[Progress] = []
+    run(model, shrunk(RECIPES[name]), progress=events.append)
+    losses = [e.values["loss"] for e in events if e.stage == "synthesize" and "loss" in e.values]
+    assert len(losses) > 5 and losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fold_batch_norm": True},
+        {"calibration": Calibration(method="minmax", symmetric=False)},
+        {"calibration": Calibration(method="percentile", num_images=4)},
+        {"synthesis": GaussianNoise(), "fold_batch_norm": True, "reconstruction": None},
+        {"num_holdout": 0},
+    ],
+    ids=["fold", "minmax", "percentile", "noise-fold-nearest", "no-holdout"],
+)
+@pytest.mark.parametrize("bits", ["W4A4", "W3"])
+def test_parts_that_no_recipe_pairs(changes: dict[str, Any], bits: str, model: Teacher) -> None:
+    recipe = shrunk(replace(GENIE, **changes))
+    found = run(model, recipe, bits=bits, ends="same")
+    snr = found.record["results"]["estimated_without_data"]["calibration_images"]["snr"]
+    assert 0 < snr < 100
