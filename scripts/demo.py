@@ -1,7 +1,7 @@
 """The demo: quantize the bundled digits network without data, then measure on real handwritten digits.
 
-Runs Genie at W4A4 and W2A4, evaluates on the test digits of scikit-learn (which nothing was trained, made or tuned
-on), writes a run folder each, with a picture of the synthetic images, and prints one table.
+Runs Genie at W4A4 and W2A4, evaluates on the test digits of scikit-learn (which nothing was trained, made or
+tuned on), writes a run folder each, with a picture of the synthetic images, and prints one table.
 """
 
 import argparse
@@ -48,7 +48,13 @@ def main() -> None:
                 status.update(text)
 
             run = zsq.quantize(
-                teacher, recipe="genie", bits=bits, budget=arguments.budget, out=out, force=True, progress=show
+                teacher,
+                recipe="genie",
+                bits=bits,
+                budget=arguments.budget,
+                out=out,
+                force=True,
+                progress=show,
             )
         after = zsq.accuracy(run.student, test_digits(teacher))
         size = run.record["results"]["size"]
@@ -63,7 +69,7 @@ def main() -> None:
         )
     console.print(table)
     for bits in BITS:
-        console.print(f"{bits}: {arguments.out / bits} (images.png shows the synthetic images)", highlight=False)
+        console.print(f"{bits}: {arguments.out / bits} (the synthetic images: images.png)", highlight=False)
 
 
 if __name__ == "__main__":

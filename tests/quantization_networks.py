@@ -104,6 +104,16 @@ class ChannelsLast(nn.Module):
         return y
 
 
+class Single(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y
+
+
 def images(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, *SIZE, generator=torch.Generator().manual_seed(seed))
 

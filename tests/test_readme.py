@@ -1,4 +1,4 @@
-"""The README's snippets and commands run as they are written, on small settings where they would take long."""
+"""The README's snippets and commands run as they are written, with tiny settings added."""
 
 import re
 import shlex
@@ -24,8 +24,8 @@ def factory():
 """
 README = Path(__file__).parent.parent / "README.md"
 TINY = (
-    "--set synthesis.num_images=8 --set synthesis.batch_size=8 --set synthesis.steps=2 --set reconstruction.steps=2 "
-    "--set num_holdout=4"
+    "--set synthesis.num_images=8 --set synthesis.batch_size=8 --set synthesis.steps=2 "
+    "--set reconstruction.steps=2 --set num_holdout=4"
 )
 
 
@@ -62,7 +62,9 @@ def test_quantize_and_evaluate_your_own_model(tmp_path: Path, monkeypatch: pytes
     save_file({k: v for k, v in network.state_dict().items() if "num_batches" not in k}, "model.safetensors")
     for label in ("cat", "dog"):
         (folder / "images" / label).mkdir(parents=True)
-        Image.new("RGB", (40, 36), "red" if label == "cat" else "blue").save(folder / "images" / label / "1.png")
+        Image.new("RGB", (40, 36), "red" if label == "cat" else "blue").save(
+            folder / "images" / label / "1.png"
+        )
     block = next(b for b in blocks("") if "zsq quantize" in b)
     commands = [c for c in block.replace("\\\n", " ").splitlines() if c.startswith("zsq ")]
     assert [c.split()[1] for c in commands] == ["quantize", "evaluate"]

@@ -9,6 +9,7 @@ import torch
 from quantization_networks import (
     ChannelsLast,
     Residual,
+    Single,
     Summing,
     Tokens,
     attached,
@@ -341,16 +342,6 @@ def test_loss_is_distance_plus_weighted_regulariser() -> None:
 
 
 # ---- convergence
-
-
-class Single(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 16, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv(x)
-        return y
 
 
 def test_roundings_settle_and_soft_equals_hard(monkeypatch: pytest.MonkeyPatch) -> None:

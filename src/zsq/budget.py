@@ -16,14 +16,23 @@ COUNTS = {
     ("standard", True): (64, 100, 100),
 }
 
+# A rounding logit has to travel up to 4.8 to change its mind (the rectified sigmoid is 0 at -2.4, 1 at 2.4).
+# At the published rate of 1e-3 that takes thousands of steps; fewer steps get a rate with which it still can.
+TRAVEL = 4.0
+MAX_LR_ROUNDING = 0.02
+
 
 def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int] | None = None) -> Recipe:
     """The recipe with the counts of a budget; "paper" keeps the published ones, which the recipe holds.
 
+    Fewer steps of reconstruction come with a larger `lr_rounding`. Measured on cifar100_resnet20s, 256
+    synthetic images, 400 steps, W2A4, seed 0: top-1 52.7 at 1e-3 (published for 20000 steps), 59.7 at 5e-3,
+    60.4 at 1e-2.
+
     Args:
         recipe: with the published counts.
         budget: "quick" (minutes on two CPU cores), "standard" or "paper".
-        input_size: (C, H, W) of the model; inputs of more than 64 x 64 pixels get smaller counts, since there a
+        input_size: (C, H, W) of the model; inputs of more than 64 x 64 pixels get smaller counts, as there a
             step costs fifty times that of 32 x 32.
 
     Raises:
@@ -42,5 +51,6 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
         source = replace(source, num_images=num_images)
     reconstruction = recipe.reconstruction
     if reconstruction is not None:
-        reconstruction = replace(reconstruction, steps=reconstruction_steps)
+        rate = min(max(reconstruction.lr_rounding, TRAVEL / reconstruction_steps), MAX_LR_ROUNDING)
+        reconstruction = replace(reconstruction, steps=reconstruction_steps, lr_rounding=rate)
     return replace(recipe, synthesis=source, reconstruction=reconstruction)

@@ -17,6 +17,7 @@ Where the paper and its published code differ, or the code is in error, this is 
 * Rounding bases are not clipped and the regulariser is a sum with weight 1, as the code.
 * Signed activations search their range with the limits that they use; the code's search is half a step off.
 * Step sizes are kept positive; the code does not.
+* A unit whose learned rounding is worse than rounding to nearest on its own images keeps the latter.
 * Schedules: the waiting times of the learning rates of images stay as published when there are fewer steps;
   letting them shrink in proportion (`synthesis.schedule_steps=4000`) gave a higher BatchNorm loss at 200 and
   500 steps.

@@ -1,5 +1,6 @@
 """Reconstruct a student unit by unit: learn roundings and step sizes so that units match the teacher's."""
 
+import copy
 import math
 from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,9 @@ def reconstruct(
     Raises:
         JobError: a unit returns NaN or infinity where the teacher's does not.
 
+    A unit that learning leaves further from the teacher than rounding to nearest did, over all images, keeps
+    the latter: with few steps the published rates, absolute numbers, are too coarse for 8-bit scales.
+
     An activation quantizer that several units call belongs to the first of them; the others take it as it is.
 
     Source: BRECQ (arXiv:2102.05426) for the units, QDrop (2203.05740) for the drops, Genie (2212.04780) for
@@ -114,6 +118,7 @@ def reconstruct(
             calibrate(student_part, student_inputs, calibration, settled=settled)
             snr_nearest = _snr(targets, forward_in_chunks(student_part, student_inputs))
             if settings is not None:
+                nearest = {name: copy.deepcopy(q) for name, q in owned.items()}
                 _reconstruct_unit(
                     teacher,
                     student_part,
@@ -127,6 +132,12 @@ def reconstruct(
                     log=lambda step, values, name=unit.name: log(name, step, settings.steps, values),  # type: ignore[misc]
                 )
                 owned = {name: q for name, q in _unit_quantizers(student_part, quantizers)}
+                outputs = forward_in_chunks(student_part, student_inputs)
+                _refuse_nan(unit, targets, outputs)
+                if _snr(targets, outputs) < snr_nearest:
+                    owned = nearest
+                    for name, quantizer in owned.items():
+                        student_part.set_submodule(name, quantizer)
         else:
             snr_nearest = float(done["snr_nearest"])
             for name, quantizer in owned.items():
