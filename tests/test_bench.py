@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from tiny_networks import message
 
-from zsq import bench as bench_module
+from zsq import bench_plan, bench_row
 from zsq.architectures import network_from_file
-from zsq.bench import read_bench, run_bench
+from zsq.bench import run_bench
+from zsq.bench_file import read_bench
 from zsq.bench_table import (
     T_QUANTILES,
     NetworkResults,
@@ -27,7 +27,9 @@ from zsq.bench_table import (
 )
 from zsq.errors import JobError
 from zsq.images.settings import Synthesis
+from zsq.pipeline import compose_recipe
 from zsq.progress import Progress
+from zsq.recipe import GivenImages
 
 NETS = """
 from torch import nn
@@ -134,7 +136,7 @@ def change(folder: Path) -> Change:
 def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     """Recipe, bits and seed of every run that is really made, and ("images", "", seed) of every synthesis."""
     calls: list[tuple[str, str, int]] = []
-    quantize, synthesize = bench_module.quantize, bench_module.synthesize_images
+    quantize, synthesize = bench_row.quantize, bench_row.synthesize_images
 
     def counted(teacher: Any, **settings: Any) -> Any:
         recipe = settings["recipe"]
@@ -145,8 +147,8 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
         calls.append(("images", "", settings["seed"]))
         return synthesize(teacher, **settings)
 
-    monkeypatch.setattr(bench_module, "quantize", counted)
-    monkeypatch.setattr(bench_module, "synthesize_images", counted_images)
+    monkeypatch.setattr(bench_row, "quantize", counted)
+    monkeypatch.setattr(bench_row, "synthesize_images", counted_images)
     return calls
 
 
@@ -238,7 +240,7 @@ def test_an_interrupted_row_goes_on(folder: Path, change: Change, monkeypatch: p
         return progress
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench_module, "_rarely", stop)
+        patch.setattr(bench_row, "_rarely", stop)
         with pytest.raises(KeyboardInterrupt):
             again(folder)
     pieces = [path.name for path in (folder / "out" / "work").glob("*/state/*")]
@@ -261,7 +263,7 @@ def test_a_failed_row_is_told_and_others_are_done(
         raise JobError("The synthesis of images diverged.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench_module, "synthesize_images", diverge)
+        patch.setattr(bench_row, "synthesize_images", diverge)
         with pytest.raises(JobError, match="1 of 2 rows failed"):
             again(folder)
     text = (folder / "out" / "table.md").read_text()
@@ -421,20 +423,25 @@ def test_a_network_without_batch_norm_fails_as_a_row(folder: Path, change: Chang
     assert "BatchNorm" in (folder / "out" / "table.md").read_text()
 
 
-def test_files_of_this_repository_are_well_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_this_repository_are_well_formed() -> None:
     found = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.toml"))
-    assert {path.stem for path in found} >= {"reference", "genie", "w8a8"}
-    for path in found:
-        bench = read_bench(path)
-        assert bench.name == path.stem and bench.networks and bench.recipes
+    benches = {path.stem: read_bench(path) for path in found}
+    assert benches.keys() == {"genie", "w8a8"}
+    for name, bench in benches.items():
+        assert bench.name == name and bench.networks and bench.recipes
         for network in bench.networks:
             assert network.input_size is not None and network.mean is not None and network.std is not None
             assert len(network.mean) == len(network.std) == network.input_size[0]
-            for entry, overrides in bench_module._overrides(bench, network):
-                settings = bench_module.compose_recipe(
-                    entry.name, budget=bench.budget, overrides=overrides, bits=network.bits[0]
-                )
-                assert settings.num_holdout == 0
-                assert isinstance(settings.synthesis, Synthesis) == (entry.name == "genie")
-    counts = tomllib.loads((found[0].parent / "reference.toml").read_text())["set"]
-    assert counts["reconstruction.steps"] == 400 and counts["synthesis.steps"] == 300
+            for entry, overrides in bench_plan._overrides(bench, network):
+                for bits in network.bits:
+                    settings = compose_recipe(
+                        entry.name, bits=bits, ends=bench.ends, budget=bench.budget, overrides=overrides
+                    )
+                    assert settings.num_holdout == 0
+                    assert isinstance(settings.synthesis, Synthesis) == (entry.name == "genie")
+                    assert isinstance(settings.synthesis, GivenImages) == entry.images
+                    assert network.images is not None or not entry.images
+    bits_of = {network.name: network.bits for network in benches["genie"].networks}
+    assert bits_of["cifar10_resnet20"] == ("W4A4", "W3A3", "W2A4", "W2A2")  # its own
+    assert bits_of["cifar100_resnet20s"] == ("W4A4", "W3A3", "W2A4")  # those of the file
+    assert {network.bits for network in benches["w8a8"].networks} == {("W8A8",)}

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from zsq import data
+from zsq import data_files
 from zsq.data import Dataset, check_labels, load_images, open_dataset, prepare
 from zsq.errors import UsageError
 from zsq.teacher import ModelSpec
@@ -392,10 +392,10 @@ def test_zip_entry_that_is_no_picture(tmp_path: Path) -> None:
 
 def test_zip_files_that_unpack_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_zip(tmp_path / "set.zip", {"labels.csv": "file,label\na.png,0\n", "a.png": PICTURE})
-    monkeypatch.setattr(data, "MAX_PICTURE_BYTES", 20)
+    monkeypatch.setattr(data_files, "MAX_PICTURE_BYTES", 20)
     with pytest.raises(UsageError, match=r"a\.png in .* refused: it unpacks to \d+ bytes, more than 20"):
         whole(open_dataset(path, spec()))
-    monkeypatch.setattr(data, "MAX_LABELS_BYTES", 10)
+    monkeypatch.setattr(data_files, "MAX_LABELS_BYTES", 10)
     with pytest.raises(UsageError, match=r"labels\.csv in .* refused"):
         open_dataset(path, spec())
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tiny_networks import message
 
-from zsq.budget import BUDGETS, COUNTS, with_budget
+from zsq.budget import BUDGETS, COUNTS, MAX_LR_ROUNDING, TRAVEL, with_budget
 from zsq.errors import UsageError
 from zsq.images.settings import Synthesis
 from zsq.pipeline import compose_recipe
@@ -182,8 +182,12 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
         assert recipe.reconstruction is None
     else:
         assert scaled.reconstruction.steps == reconstruction_steps
-        steps = recipe.reconstruction.steps if recipe.reconstruction else 0
-        assert replace(scaled.reconstruction, steps=steps) == recipe.reconstruction
+        published = recipe.reconstruction
+        assert published is not None
+        rate = scaled.reconstruction.lr_rounding
+        assert published.lr_rounding < rate <= MAX_LR_ROUNDING
+        assert rate * reconstruction_steps == pytest.approx(TRAVEL)
+        assert replace(scaled.reconstruction, steps=published.steps, lr_rounding=1e-3) == published
     assert replace(scaled, synthesis=recipe.synthesis, reconstruction=recipe.reconstruction) == recipe
 
 

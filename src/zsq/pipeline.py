@@ -319,8 +319,11 @@ def _make_images(
     account: _Account,
 ) -> Tensor:
     source = settings.synthesis
-    if given is not None and not isinstance(source, GivenImages):
-        return given.to(device)  # made before, by the same recipe and seed
+    if given is not None and not isinstance(source, GivenImages):  # made before, by the same recipe and seed
+        expected = (source.num_images, *teacher.spec.input_size)
+        if given.shape != expected:
+            raise UsageError(f"The images made before have shape {tuple(given.shape)}, expected {expected}.")
+        return given.to(device)
     if isinstance(source, GivenImages):
         assert given is not None
         count = min(source.num_images, len(given)) if source.num_images else len(given)

@@ -1,0 +1,191 @@
+"""One row of a benchmark: the images, the quantized network and its accuracy."""
+
+import copy
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from zsq._version import __version__
+from zsq.bench_file import existing_path
+from zsq.bench_plan import Job, Plan, digest
+from zsq.data import load_images
+from zsq.errors import UsageError
+from zsq.evaluate import CHUNK, accuracy
+from zsq.images.settings import Synthesis
+from zsq.pipeline import quantize, synthesize_images
+from zsq.progress import Callback, Progress
+from zsq.recipe import GivenImages, Recipe, describe
+from zsq.run import load_run, read_record, write_atomic
+
+WORK, IMAGES = "work", "images"  # folders of a benchmark: unfinished pieces, and finished images
+Say = Callable[[str], None]
+
+
+def fill_row(
+    job: Job,
+    plan: Plan,
+    device: str,
+    folder: Path,
+    float_accuracy: Mapping[str, Any],
+    title: str,
+    say: Say,
+) -> dict[str, Any]:
+    label, bits, seed = job.cell
+    images, made, seconds = None, None, None
+    if isinstance(job.settings.synthesis, Synthesis):
+        made, seconds = _synthetic_images(job, job.settings.synthesis, plan, device, folder, title, say)
+    elif isinstance(job.settings.synthesis, GivenImages):
+        images = _given_images(plan)
+    work = work_folder(folder, job, plan)
+    status = _status(work)
+    if status == "done":
+        run = load_run(work)
+    else:
+        run = quantize(
+            plan.teacher,
+            recipe=job.settings,
+            budget="paper",
+            images=images,
+            made=made,
+            seed=seed,
+            device=device,
+            out=work,
+            progress=_rarely(say, title),
+        )
+    timings: dict[str, float | None] = dict(run.record["timings"])
+    if status == "running":  # the time before the interruption is not known
+        timings = dict.fromkeys(timings)
+    if isinstance(job.settings.synthesis, Synthesis):
+        timings["synthesize"] = seconds
+    started = time.perf_counter()
+    measured = measure(run.student, plan, device)
+    timings["evaluate"] = round(time.perf_counter() - started, 3)
+    estimates = run.record["results"]["estimated_without_data"]
+    kind = "holdout" if "holdout" in estimates else "calibration_images"
+    return {
+        "network": plan.network.name,
+        "recipe": label,
+        "bits": bits,
+        "seed": seed,
+        **measured,
+        "float": dict(float_accuracy),
+        "agreement": {"on": kind, **estimates[kind]},
+        "seconds": timings,
+        "settings_sha256": digest(job.definition["settings"]),
+        "model_sha256": plan.teacher.sha256,
+        "data_sha256": job.definition["data"],
+        "key": job.key,
+        "versions": _versions(),
+        "machine": _machine(device),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def measure(model: nn.Module, plan: Plan, device: str) -> dict[str, Any]:
+    """Accuracy on the network's labelled images: "top1", "top5" and "num_images"."""
+    model = model if device == "cpu" else copy.deepcopy(model).to(device)
+    return accuracy(model, plan.dataset.batches(CHUNK), device=device).to_json()
+
+
+def _given_images(plan: Plan) -> Tensor:
+    """All images of the network's `images`; the recipe says how many of them are drawn."""
+    if plan.given is None:
+        path = existing_path(plan.network.images, f"images of {plan.network.name}")
+        assert path is not None
+        plan.given = load_images(path, plan.teacher.spec)
+    return plan.given
+
+
+def _synthetic_images(
+    job: Job, settings: Synthesis, plan: Plan, device: str, folder: Path, title: str, say: Say
+) -> tuple[Tensor, float | None]:
+    """Images of a network, settings and a seed, made once, then read; and the seconds they took."""
+    kind = torch.device(device).type
+    teacher, seed = plan.teacher, job.cell[2]
+    key = digest([job.definition["model"], teacher.spec.input_size, asdict(settings), seed, kind])
+    file, about = folder / IMAGES / f"{key}.safetensors", folder / IMAGES / f"{key}.json"
+    try:
+        return load_safetensors(file.read_bytes())["images"], json.loads(about.read_text())["seconds"]
+    except (OSError, ValueError, KeyError, SafetensorError):
+        pass
+    work = folder / WORK / f"images-{digest([key, teacher.name, _versions()])}"
+    resumed = _status(work) == "running"
+    started = time.perf_counter()
+    images = synthesize_images(
+        teacher,
+        recipe=Recipe(name="images", paper="", synthesis=settings),
+        budget="paper",
+        seed=seed,
+        device=device,
+        out=work,
+        progress=_rarely(say, title),
+    )
+    seconds = None if resumed else round(time.perf_counter() - started, 3)
+    write_atomic(about, json.dumps({"seconds": seconds, "seed": seed, **asdict(settings)}).encode())
+    write_atomic(file, save_safetensors({"images": images.contiguous()}))
+    shutil.rmtree(work, ignore_errors=True)
+    return images, seconds
+
+
+def work_folder(folder: Path, job: Job, plan: Plan) -> Path:
+    """Where a running row keeps its pieces; other versions, which cannot continue it, have another."""
+    return folder / WORK / digest([job.definition, describe(job.settings), plan.network.name, _versions()])
+
+
+def _status(work: Path) -> str | None:
+    """ "running", "done", or None, for which whatever is left in the folder is removed."""
+    try:
+        return str(read_record(work)["status"])
+    except (UsageError, KeyError):
+        shutil.rmtree(work, ignore_errors=True)
+        return None
+
+
+def _rarely(say: Say, title: str) -> Callback:
+    """A line of progress at most twice a minute."""
+    last = time.monotonic()
+
+    def progress(event: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 30:
+            last = time.monotonic()
+            say(f"{title}: {event.stage} {event.item}, {event.done} of {event.total}")
+
+    return progress
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "zsq": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _machine(device: str) -> str:
+    """Model of the processor and number of cores, and of the accelerator if it is used; no names of hosts."""
+    model = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model
+        )
+    except OSError:
+        pass
+    text = f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{torch.cuda.get_device_name(device)}; {text}" if device.startswith("cuda") else text

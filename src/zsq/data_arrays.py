@@ -1,0 +1,89 @@
+"""Images as arrays in an npz."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from zsq.errors import UsageError
+from zsq.pictures import DAMAGED_ARCHIVE, Reader, Source, normalise, one_line, prepare
+from zsq.teacher import ModelSpec
+
+
+def open_npz(path: Path, spec: ModelSpec, labelled: bool) -> Source:
+    arrays = _npz_arrays(path, ("images", "labels") if labelled else ("images",))
+    images = arrays["images"]
+    if images.ndim == 3:
+        images = images[..., None]
+    if (
+        images.dtype != np.uint8
+        or images.ndim != 4
+        or images.shape[3] not in (1, 3)
+        or 0 in images.shape[1:3]
+    ):
+        raise UsageError(
+            f"The array `images` in {path} is {images.dtype} of shape {arrays['images'].shape}. Expected "
+            "uint8, levels 0 to 255, of shape (N, H, W, 3), (N, H, W, 1) or (N, H, W)."
+        )
+    labels = arrays.get("labels")
+    if labels is not None:
+        if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+            raise UsageError(
+                f"The array `labels` in {path} is {labels.dtype} of shape {labels.shape}. Expected one "
+                f"integer an image, shape ({len(images)},)."
+            )
+        if len(labels) != len(images):
+            raise UsageError(
+                f"{path} has {len(images)} images but {len(labels)} labels. Expected one label an image."
+            )
+    return Source(
+        name=f"The file {path}",
+        count=len(images),
+        read=_array_reader(images, spec),
+        labels=torch.from_numpy(labels.astype(np.int64)) if labels is not None else None,
+    )
+
+
+def _npz_arrays(path: Path, wanted: Iterable[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """The `wanted` arrays; no others are read, and pickled objects never."""
+    expected = "Expected what numpy.savez(file, images=images, labels=labels) writes, without pickled objects"
+    try:
+        with path.open("rb") as file:  # numpy leaves a damaged file open that it opened itself
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise UsageError(f"The file {path} holds a single array. {expected}.")
+            with archive:
+                names = archive.files
+                arrays = {name: archive[name] for name in wanted if name in names}
+    except UsageError:
+        raise
+    except DAMAGED_ARCHIVE as error:
+        raise UsageError(
+            f"The file {path} cannot be read as arrays ({one_line(error)}): it is damaged, cut short or of "
+            f"another kind. {expected}."
+        ) from error
+    if missing := [name for name in wanted if name not in arrays]:
+        raise UsageError(
+            f"The file {path} has no array named {' and none named '.join(missing)}; it has "
+            f"{', '.join(sorted(names)) or 'none'}. {expected}."
+        )
+    return arrays
+
+
+def _array_reader(images: np.ndarray[Any, Any], spec: ModelSpec) -> Reader:
+    """Reader of levels (N, H, W, 1 or 3); those that need no conversion are taken together."""
+    channels, height, width = spec.input_size
+
+    def read(positions: Sequence[int]) -> Tensor:
+        chosen = images[np.asarray(positions)]
+        if images.shape[1:3] == (height, width) and images.shape[3] in (1, channels):
+            pixels = torch.from_numpy(chosen).permute(0, 3, 1, 2)
+            return normalise(pixels.expand(-1, channels, -1, -1), spec)
+        grey = images.shape[3] == 1
+        return torch.stack([prepare(Image.fromarray(x[..., 0] if grey else x), spec) for x in chosen])
+
+    return read
