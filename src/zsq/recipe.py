@@ -44,14 +44,15 @@ class Calibration:
     Attributes:
         num_images: images observed, the first ones of the set.
         method: "error" (least p-norm error of rounding), "minmax" or "percentile".
-        symmetric: zero point 0 (or mid-range if any value is negative); False: any zero point.
+        symmetric: zero point 0 (or mid-range if any value is negative); False: any zero point, which saves
+            most of a bit where values are one-sided but for a few (after a BatchNorm, a SiLU, an addition).
         exponent: p of "error".
         percentile: share of values that "percentile" keeps inside the range.
     """
 
     num_images: int = 32
     method: str = "error"
-    symmetric: bool = True
+    symmetric: bool = False
     exponent: float = 2.4
     percentile: float = 0.999
 
