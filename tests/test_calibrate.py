@@ -17,7 +17,7 @@ def values(seed: int = 0) -> Tensor:
 
 
 def test_ranges_by_hand() -> None:
-    minmax = Calibration(method="minmax")
+    minmax = Calibration(method="minmax", symmetric=True)
     x = torch.tensor([0.0, 1.0, 6.0])
     scale, zero = choose_activation_range(x, bits=2, settings=minmax)
     assert (float(scale), float(zero)) == (2.0, 0.0)  # [0, 6] by 3 steps

@@ -19,9 +19,11 @@ ROOT = Path(zsq.__file__).parent
 GROUND = {"errors", "rng", "_version"}
 MODELS = {"architectures", "bundled", "weight_files", "teacher", "models"}
 SETTINGS = {"recipe", "images.settings", "quant.scheme"}
+DATA = {"data", "data_arrays", "data_files", "data_hub", "pictures"}
+BENCH = {"bench", "bench_file", "bench_plan", "bench_row"}
 ALLOWED: dict[str, set[str]] = {
     **{name: GROUND | MODELS for name in MODELS},
-    "data": GROUND | MODELS,
+    **{name: GROUND | MODELS | DATA for name in DATA},
     "graph": GROUND | MODELS,
     "images.settings": GROUND,
     "quant.scheme": GROUND | {"graph"},
@@ -39,8 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "export": GROUND | MODELS | SETTINGS | {"graph", "quant", "student", "run"},
     **{name: set() for name in GROUND},
 }
-TOP = {"", "pipeline", "bench", "bench_table", "report", "cli", "__main__"}  # may import anything below
-ABOVE_PIPELINE = {"bench", "report", "cli", "__main__"}
+TOP = {"", "pipeline", *BENCH, "bench_table", "report", "cli", "__main__"}  # may import anything below
+ABOVE_PIPELINE = {*BENCH, "report", "cli", "__main__"}
 REQUIRED = {"torch", "numpy", "safetensors", "typer", "rich", "PIL"}
 
 

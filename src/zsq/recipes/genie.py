@@ -15,9 +15,10 @@ Where the paper and its published code differ, or the code is in error, this is 
 * Units come from the graph. The first layer's unit ends after its BatchNorm and ReLU; the code's ends before
   them.
 * Rounding bases are not clipped and the regulariser is a sum with weight 1, as the code.
-* Activations that take negative values get a zero point (`calibration.symmetric=false`); the code's ranges are
-  symmetric. Rounding to nearest at W3A3, ranges from 128 real images, 2000 dev images: cifar100_resnet20s 34.9 against
-  27.8, cifar10_wrn16_1 80.0 against 79.8. The search uses the limits of the quantizer; the code's is half a step off.
+* Activations that take negative values get a zero point (`calibration.symmetric=false`); the code's ranges
+  are symmetric. Rounding to nearest, W3A3, ranges from 128 real images, 2000 dev images:
+  cifar100_resnet20s 34.9 against 27.8, cifar10_wrn16_1 80.0 against 79.8. The search uses the limits of the
+  quantizer; that of the code is half a step off.
 * Step sizes are kept positive; the code does not.
 * A unit whose learned rounding is worse than rounding to nearest on its own images keeps the latter.
 * Schedules: the waiting times of the learning rates of images stay as published when there are fewer steps;
