@@ -9,7 +9,7 @@ demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .
