@@ -24,9 +24,10 @@ from zsq.graph.blocks import split
 from zsq.graph.capture import capture
 from zsq.graph.fold import fold_batch_norms
 from zsq.images.forward import observe
+from zsq.images.prior import input_prior
 from zsq.images.settings import Synthesis
 from zsq.images.synthesize import batch_sizes, synthesize
-from zsq.models import Teacher, load_model
+from zsq.models import ModelSpec, Teacher, load_model
 from zsq.progress import Callback, Progress, silent
 from zsq.quant.attach import attach
 from zsq.quant.scheme import parse_bits
@@ -331,14 +332,15 @@ def _make_images(
         return given[chosen].to(device)
     if isinstance(source, GaussianNoise):
         shape = (source.num_images, *teacher.spec.input_size)
-        return torch.randn(shape, generator=rng_for(seed, "noise")).to(device)
-    return _synthesize(graph, source, teacher.spec.input_size, seed, state, account).to(device)
+        noise = torch.randn(shape, generator=rng_for(seed, "noise"))
+        return input_prior(teacher.spec).apply(noise).to(device)
+    return _synthesize(graph, source, teacher.spec, seed, state, account).to(device)
 
 
 def _synthesize(
     graph: fx.GraphModule,
     settings: Synthesis,
-    input_size: tuple[int, int, int],
+    spec: ModelSpec,
     seed: int,
     state: State,
     account: _Account,
@@ -357,7 +359,9 @@ def _synthesize(
         if f"synthesis-{index:03d}" in state:
             item, done = f"batch {index + 1} of {len(sizes)}", (index + 1) * settings.steps
             account(Progress(stage, item, done, len(sizes) * settings.steps, resumed=True))
-    return synthesize(graph, settings, input_size, seed=seed, finished=state, log=log)
+    return synthesize(
+        graph, settings, spec.input_size, seed=seed, finished=state, log=log, prior=input_prior(spec)
+    )
 
 
 def _make_holdout(
@@ -371,9 +375,7 @@ def _make_holdout(
         alone = replace(source, num_images=settings.num_holdout)
         own_seed = derived_seed(seed, "holdout")
         state["holdout"] = {
-            "images": _synthesize(
-                graph, alone, teacher.spec.input_size, own_seed, {}, account, stage="holdout"
-            )
+            "images": _synthesize(graph, alone, teacher.spec, own_seed, {}, account, stage="holdout")
         }
     return state["holdout"]["images"]
 

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianNoise:
-    """Images of independent standard normal pixels: the baseline that knows nothing of the model.
+    """Images of independent normal pixels of the expected mean and deviation: a baseline.
 
     Attributes:
         num_images: how many.

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zsq.images.forward import ForwardPass
+from zsq.images.prior import STANDARD, InputPrior
 
 STATISTICS_KERNEL = ("cpu", "cuda")  # devices that have the reduction kernel of BatchNorm
 
@@ -115,15 +116,26 @@ class BatchNormStatistics:
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Distance of every single image from mean 0 and deviation 1.
+    """Distance of every single image from the expected mean and deviation.
 
     Average over images of the sum over channels of mu^2 + (sigma - 1)^2; mu and sigma (unbiased) over the
-    pixels of one channel of one image, in the units of normalised images.
+    pixels of one channel of one image, both relative to the prior: (mu - mean) / std and sigma / std.
+
+    Attributes:
+        prior: expected mean and deviation of each channel; the published ones are 0 and 1.
 
     Source: Genie's code (see arXiv:2212.04780).
     """
 
+    prior: InputPrior = STANDARD
+
     def __call__(self, forward: ForwardPass) -> Tensor:
         n, c, h, w = forward.images.shape
         mean, std = channel_statistics(forward.images.reshape(1, n * c, h, w))
+        if not self.prior.is_standard:
+            shift, scale = (
+                torch.tensor(v, dtype=mean.dtype, device=mean.device).repeat(n)
+                for v in (self.prior.mean, self.prior.std)
+            )
+            mean, std = (mean - shift) / scale, std / scale
         return (mean.square() + (std - 1).square()).sum() / n

@@ -12,6 +12,7 @@ from zsq.errors import JobError
 from zsq.graph.capture import device_of
 from zsq.images.forward import observe
 from zsq.images.losses import BatchNormStatistics, InputStatistics
+from zsq.images.prior import STANDARD, InputPrior
 from zsq.images.settings import Synthesis
 from zsq.images.sources import LatentGenerator
 from zsq.images.views import draw_shifts, swing
@@ -30,7 +31,8 @@ class Batch:
     """One batch of synthetic images and what they were made from.
 
     Attributes:
-        images: (N, C, H, W), normalised, float32, on the teacher's device; `generator(latents)`.
+        images: (N, C, H, W), normalised, float32, on the teacher's device: the prior applied to
+            `generator(latents)`.
         latents: (N, latent_size).
         generator: trained for these latents.
     """
@@ -48,6 +50,7 @@ def synthesize(
     seed: int,
     finished: Finished,
     log: Log,
+    prior: InputPrior | None = None,
 ) -> Tensor:
     """Images in batches that know nothing of one another; each has its own stream of `seed`.
 
@@ -58,6 +61,7 @@ def synthesize(
         seed: batch k draws from the stream ("synthesis", k) of it, so batches can be made in any order.
         finished: {"images": ...} of finished batches by name; those found there are taken over, others added.
         log: called as log(batch name, step, steps, values) a few times a batch.
+        prior: mean and deviation that the images start from and are held to; None for 0 and 1.
 
     Returns:
         (num_images, C, H, W), normalised, float32, on the CPU.
@@ -77,6 +81,7 @@ def synthesize(
                 num_images,
                 rng=rng_for(seed, "synthesis", index),
                 log=partial(_log_batch, log, name, settings.steps),
+                prior=prior,
             )
             finished[name] = {"images": batch.images.cpu()}
         batches.append(finished[name]["images"])
@@ -91,6 +96,7 @@ def synthesize_batch(
     *,
     rng: torch.Generator,
     log: Callable[[int, dict[str, float]], None],
+    prior: InputPrior | None = None,
 ) -> Batch:
     """Train latents and a fresh generator together so that the teacher's BatchNorm statistics are reproduced.
 
@@ -105,6 +111,7 @@ def synthesize_batch(
         rng: on the CPU; draws latents, parameters of the generator and shifts, in this order.
         log: called as log(step, values) about 20 times; only then the host waits for the device. The learning
             rates are those of the next step.
+        prior: mean and deviation that the images start from and are held to; None for 0 and 1.
 
     Raises:
         UsageError: the teacher has no BatchNorm.
@@ -115,7 +122,8 @@ def synthesize_batch(
     device = device_of(teacher)
     view, num_swinging = swing(teacher)
     observer = observe(view)
-    bn_statistics, input_statistics = BatchNormStatistics(), InputStatistics()
+    prior = prior or STANDARD
+    bn_statistics, input_statistics = BatchNormStatistics(), InputStatistics(prior)
     latents = torch.randn(num_images, settings.latent_size, generator=rng).to(device).requires_grad_()
     generator = LatentGenerator(input_size, latent_size=settings.latent_size, rng=rng).to(device)
     parameters = [latents, *generator.parameters()]
@@ -134,7 +142,7 @@ def synthesize_batch(
     for step in range(settings.steps):
         shifts = draw_shifts(num_swinging, rng) if settings.swing else still
         with reduced:
-            images = generator(latents)
+            images = prior.apply(generator(latents))
             forward = observer(images.contiguous(memory_format=torch.channels_last), shifts)
         bn_loss, image_loss = bn_statistics(forward), input_statistics(forward)
         loss = settings.bn_weight * bn_loss + settings.image_weight * image_loss
@@ -149,7 +157,7 @@ def synthesize_batch(
             lr_generator = optimizer.param_groups[1]["lr"]
             log(step, {n: v.item() for n, v in values.items()} | {"lr_generator": lr_generator})
     with torch.no_grad(), reduced:
-        images = generator(latents)
+        images = prior.apply(generator(latents))
     if not images.isfinite().all():
         raise JobError(
             "The synthesis of images diverged: some pixels are not finite. Try a smaller synthesis.lr_latent "

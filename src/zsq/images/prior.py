@@ -1,0 +1,63 @@
+"""What is known of images before anything is optimised: mean and deviation of their channels."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zsq.teacher import ModelSpec
+
+# Mean and deviation of RGB pixels in [0, 1] over ImageNet's training images, as everyone uses them.
+NATURAL_MEAN, NATURAL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# A model's own mean and std count as statistics of its training data inside these bounds (pixels in [0, 1]).
+PLAUSIBLE_MEAN, PLAUSIBLE_STD = (0.2, 0.7), (0.12, 0.4)
+
+
+@dataclass(frozen=True)
+class InputPrior:
+    """Mean and deviation that each channel of a model's images is expected to have, in normalised units.
+
+    Attributes:
+        mean: (C,), or empty for 0.
+        std: (C,), > 0, or empty for 1.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether all channels have mean 0 and deviation 1."""
+        return not self.mean
+
+    def apply(self, standard: Tensor) -> Tensor:
+        """Images (N, C, H, W) of mean 0 and deviation 1 brought to this mean and deviation."""
+        if self.is_standard:
+            return standard
+        mean, std = (torch.tensor(v, device=standard.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return standard * std + mean
+
+
+STANDARD = InputPrior((), ())  # mean 0 and deviation 1, for any number of channels
+
+
+def input_prior(spec: ModelSpec) -> InputPrior:
+    """The prior of a model's images, from its normalisation.
+
+    Published systems assume that normalised images have mean 0 and deviation 1. That holds if `mean` and
+    `std` are statistics of the data; it does not for models that take pixels as 0..255, 0..1 or -1..1. Their
+    `mean` and `std` are implausible as statistics; images get those of natural photographs instead.
+    """
+    channels = spec.input_size[0]
+    plausible = all(PLAUSIBLE_MEAN[0] <= m <= PLAUSIBLE_MEAN[1] for m in spec.mean) and all(
+        PLAUSIBLE_STD[0] <= s <= PLAUSIBLE_STD[1] for s in spec.std
+    )
+    if plausible:
+        return STANDARD
+    grey = sum(NATURAL_MEAN) / 3, sum(NATURAL_STD) / 3
+    means = NATURAL_MEAN if channels == 3 else (grey[0],) * channels
+    stds = NATURAL_STD if channels == 3 else (grey[1],) * channels
+    return InputPrior(
+        tuple((m - shift) / scale for m, shift, scale in zip(means, spec.mean, spec.std, strict=True)),
+        tuple(s / scale for s, scale in zip(stds, spec.std, strict=True)),
+    )
