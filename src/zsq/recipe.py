@@ -50,7 +50,7 @@ class Calibration:
         percentile: share of values that "percentile" keeps inside the range.
     """
 
-    num_images: int = 32
+    num_images: int = 128
     method: str = "error"
     symmetric: bool = False
     exponent: float = 2.4
