@@ -262,8 +262,7 @@ def _run_stages(
         units = split(original.graph)
         student, quantizers = attach(original, settings.scheme)
     with account.timed("reconstruct"):
-        learning = None if settings.scheme.is_eight_bit else settings.reconstruction
-        steps = learning.steps if learning else 1
+        steps = settings.reconstruction.steps if settings.reconstruction else 1
         position = {unit.name: i for i, unit in enumerate(units)}
 
         taken_over = set(state)
@@ -280,7 +279,7 @@ def _run_stages(
             quantizers,
             units,
             images,
-            settings=learning,
+            settings=settings.reconstruction,
             calibration=settings.calibration,
             seed=seed,
             finished=state,
