@@ -30,12 +30,7 @@ from zsq.recover.reconstruct import UnitResult, beta_at, forward_in_chunks, mini
 from zsq.student import student_to_bytes
 
 FAST = Reconstruction(
-    enough_snr=999.0,
-    steps=40,
-    batch_size=16,
-    lr_rounding=0.05,
-    lr_weight_scale=1e-3,
-    lr_activation_scale=1e-3,
+    steps=40, batch_size=16, lr_rounding=0.05, lr_weight_scale=1e-3, lr_activation_scale=1e-3
 )
 Attached = tuple[fx.GraphModule, fx.GraphModule, Quantizers, tuple[Unit, ...]]
 
@@ -323,7 +318,6 @@ def test_loss_is_distance_plus_weighted_regulariser() -> None:
         logged.setdefault(unit, {})[step] = values
 
     still = Reconstruction(
-        enough_snr=999.0,
         steps=10,
         lr_rounding=0.0,
         lr_weight_scale=0.0,
@@ -363,7 +357,7 @@ def test_roundings_settle_and_soft_equals_hard(monkeypatch: pytest.MonkeyPatch) 
         return original(self)
 
     monkeypatch.setattr(LearnedRounding, "harden", harden)
-    settings = Reconstruction(steps=800, enough_snr=999.0, lr_rounding=0.05, lr_weight_scale=1e-4)
+    settings = Reconstruction(steps=800, lr_rounding=0.05, lr_weight_scale=1e-4)
     x = images(64)
     run((teacher, student, quantizers, units), settings=settings, x=x)
     (learned,) = kept
@@ -402,16 +396,6 @@ def test_finished_units_are_taken_over_bit_for_bit(kind: type[nn.Module], bits: 
         assert again == results  # numbers of the record included
         assert list(some) == names
         assert {unit for unit, step in steps if step >= 0} == {u.name for u in parts[3][count:]}
-
-
-def test_units_that_are_good_enough_are_not_learned() -> None:
-    """Eight bits: every unit is above 25 dB after rounding to nearest, so no step is taken."""
-    parts = attached(Residual, "W8A8")
-    steps: list[int] = []
-    settings = replace(FAST, steps=3, enough_snr=25.0)
-    results = run(parts, settings=settings, log=lambda unit, step, total, values: steps.append(step))
-    assert {r.snr_nearest >= 25 for r in results} == {True}
-    assert set(steps) == {-1} and all(r.snr == r.snr_nearest for r in results)
 
 
 def test_distance_of_units_with_several_outputs() -> None:

@@ -262,7 +262,8 @@ def _run_stages(
         units = split(original.graph)
         student, quantizers = attach(original, settings.scheme)
     with account.timed("reconstruct"):
-        steps = settings.reconstruction.steps if settings.reconstruction else 1
+        learning = None if settings.scheme.is_eight_bit else settings.reconstruction
+        steps = learning.steps if learning else 1
         position = {unit.name: i for i, unit in enumerate(units)}
 
         taken_over = set(state)
@@ -279,7 +280,7 @@ def _run_stages(
             quantizers,
             units,
             images,
-            settings=settings.reconstruction,
+            settings=learning,
             calibration=settings.calibration,
             seed=seed,
             finished=state,

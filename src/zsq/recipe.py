@@ -81,8 +81,6 @@ class Reconstruction:
         input_mix_prob: probability that an element of the unit's input comes from the teacher.
         rounding_weight: factor of the rounding regulariser (a sum over weights).
         warmup: share of the steps before the regulariser sets in.
-        enough_snr: a unit whose output rounding to nearest keeps at this signal-to-noise (decibels) or above
-            is not learned.
         beta_start, beta_end: exponent of the regulariser, linear between the end of the warm-up and the last
             step; at least 1.
     """
@@ -98,7 +96,6 @@ class Reconstruction:
     warmup: float = 0.2
     beta_start: float = 20.0
     beta_end: float = 2.0
-    enough_snr: float = 25.0
 
     def __post_init__(self) -> None:
         _at_least(1, reconstruction_steps=self.steps, reconstruction_batch_size=self.batch_size)

@@ -58,6 +58,11 @@ class Scheme:
             raise UsageError(f"ends must be one of {', '.join(ENDS)}, got {self.ends!r}.")
 
     @property
+    def is_eight_bit(self) -> bool:
+        """Whether nothing has fewer than 8 bits; rounding to nearest is then as good as learned rounding."""
+        return self.weight_bits == 8 and self.activation_bits in (8, None)
+
+    @property
     def bits(self) -> str:
         """The scheme as users write it: W4A4, or W4 when activations stay in float."""
         return f"W{self.weight_bits}" + ("" if self.activation_bits is None else f"A{self.activation_bits}")

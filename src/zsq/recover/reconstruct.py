@@ -117,7 +117,7 @@ def reconstruct(
         if done is None:
             calibrate(student_part, student_inputs, calibration, settled=settled)
             snr_nearest = _snr(targets, forward_in_chunks(student_part, student_inputs))
-            if settings is not None and snr_nearest < settings.enough_snr:
+            if settings is not None:
                 nearest = {name: copy.deepcopy(q) for name, q in owned.items()}
                 _reconstruct_unit(
                     teacher,
