@@ -260,6 +260,19 @@ def test_interrupted_again_and_again(model: Teacher, undisturbed: dict[str, byte
     assert all(contents(out)[name] == undisturbed[name] for name in RESULTS)
 
 
+def test_eight_bits_are_not_learned(model: Teacher) -> None:
+    """At W8A8 units are calibrated only; with fewer bits somewhere they are learned."""
+    for bits, learned in (("W8A8", False), ("W8", False), ("W8A4", True), ("W4A8", True)):
+        steps: list[dict[str, float]] = []
+
+        def watch(event: Progress, found: list[dict[str, float]] = steps) -> None:
+            if event.stage == "reconstruct":
+                found.append(event.values)
+
+        tiny(model, bits=bits, progress=watch)
+        assert any("loss" in values for values in steps) is learned
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_killed_at_any_write(
     force: bool,
