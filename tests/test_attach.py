@@ -6,8 +6,9 @@ from graph_networks import NETWORKS, chained, graph_of, images, network, outputs
 from torch import fx
 
 from zsq.graph.blocks import split
-from zsq.graph.capture import capture, get_tensor, weight_node
+from zsq.graph.capture import capture, weight_node
 from zsq.graph.fold import fold_batch_norms
+from zsq.graph.tensors import get_tensor
 from zsq.quant.attach import Quantizers, attach
 from zsq.quant.calibrate import calibrate
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer, quantize_weight

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from zsq.graph.blocks import Unit, extract
-from zsq.recover.losses import signal_to_noise
+from zsq.recover.losses import energies, signal_to_noise
 
 CHUNK = 64
 
@@ -83,8 +83,8 @@ def agreement(student: nn.Module, teacher: nn.Module, images: Tensor) -> dict[st
         if classes > 1:
             same += int((a.argmax(1) == b.argmax(1)).sum())
             positions += a.numel() // classes
-        signal += float(b.double().square().sum())
-        noise += float((a.double() - b.double()).square().sum())
+        energy = energies(b, a)
+        signal, noise = signal + energy[0], noise + energy[1]
     return {
         **({"top1_agreement": 100 * same / positions} if classes > 1 else {}),
         "snr": signal_to_noise(signal, noise),
@@ -111,8 +111,9 @@ def unit_signal_to_noise(
     for start in range(0, len(images), CHUNK):
         chunk = images[start : start + CHUNK]
         for name, wanted, got in zip(names, *(part(chunk) for part in parts), strict=True):
-            signal[name] += float(wanted.double().square().sum())
-            noise[name] += float((wanted.double() - got.double()).square().sum())
+            energy = energies(wanted, got)
+            signal[name] += energy[0]
+            noise[name] += energy[1]
     return {
         unit.name: signal_to_noise(sum(signal[n] for n in unit.outputs), sum(noise[n] for n in unit.outputs))
         for unit in units

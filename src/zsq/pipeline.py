@@ -26,14 +26,14 @@ from zsq.graph.fold import fold_batch_norms
 from zsq.images.forward import observe
 from zsq.images.prior import input_prior
 from zsq.images.settings import Synthesis
-from zsq.images.synthesize import batch_sizes, synthesize
+from zsq.images.synthesize import batch_name, batch_sizes, synthesize
 from zsq.models import ModelSpec, Teacher, load_model
 from zsq.progress import Callback, Progress, silent
 from zsq.quant.attach import attach
 from zsq.quant.scheme import parse_bits
 from zsq.recipe import GaussianNoise, GivenImages, Recipe, describe, with_overrides
 from zsq.recipes import get_recipe
-from zsq.recover.reconstruct import reconstruct
+from zsq.recover.reconstruct import reconstruct, unit_name
 from zsq.rng import derived_seed, rng_for
 from zsq.run import (
     FORMAT,
@@ -271,7 +271,7 @@ def _run_stages(
         def log(unit: str, step: int, _: int, values: dict[str, float]) -> None:
             index = position[unit]
             done = index * steps + (step + 1 if step >= 0 else steps)
-            resumed = f"unit-{index:03d}" in taken_over
+            resumed = unit_name(index) in taken_over
             account(Progress("reconstruct", unit, done, len(units) * steps, values, resumed))
 
         results = reconstruct(
@@ -349,17 +349,18 @@ def _synthesize(
     stage: str = "synthesize",
 ) -> Tensor:
     sizes = batch_sizes(settings.num_images, settings.batch_size)
+    names = [batch_name(index) for index in range(len(sizes))]
 
-    def log(batch: str, step: int, steps: int, values: dict[str, float]) -> None:
-        index = int(batch.rpartition("-")[2])
-        done = index * steps + step + 1
-        item = f"batch {index + 1} of {len(sizes)}"
-        account(Progress(stage, item, done, len(sizes) * steps, values))
+    def report(index: int, steps: int, values: dict[str, float], *, resumed: bool = False) -> None:
+        item, total = f"batch {index + 1} of {len(sizes)}", len(sizes) * settings.steps
+        account(Progress(stage, item, index * settings.steps + steps, total, values, resumed))
 
-    for index in range(len(sizes)):
-        if f"synthesis-{index:03d}" in state:
-            item, done = f"batch {index + 1} of {len(sizes)}", (index + 1) * settings.steps
-            account(Progress(stage, item, done, len(sizes) * settings.steps, resumed=True))
+    def log(batch: str, step: int, _: int, values: dict[str, float]) -> None:
+        report(names.index(batch), step + 1, values)
+
+    for index, name in enumerate(names):
+        if name in state:
+            report(index, settings.steps, {}, resumed=True)
     return synthesize(
         graph, settings, spec.input_size, seed=seed, finished=state, log=log, prior=input_prior(spec)
     )

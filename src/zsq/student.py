@@ -11,8 +11,8 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, fx, nn
 
 from zsq.errors import UsageError
-from zsq.graph.capture import get_tensor
 from zsq.graph.serialize import graph_from_json, graph_to_json
+from zsq.graph.tensors import get_tensor, make_submodule
 from zsq.quant.affine import along_axis, integer_limits
 from zsq.quant.packing import pack, unpack
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
@@ -101,7 +101,7 @@ def student_from_file(path: Path) -> fx.GraphModule:
             _put(root, name, _quantizer(name, about, tensors))
         for name, kind in metadata["tensors"].items():
             owner, _, leaf = name.rpartition(".")
-            module = _submodule(root, owner)
+            module = make_submodule(root, owner)
             if kind == "parameter":
                 module.register_parameter(leaf, nn.Parameter(tensors[name], requires_grad=False))
             else:
@@ -128,19 +128,9 @@ def _quantizer(name: str, about: dict[str, Any], tensors: dict[str, Tensor]) -> 
     return WeightQuantizer(codes, scale, zero_point, bits=about["bits"], axis=about["axis"])
 
 
-def _submodule(root: nn.Module, name: str) -> nn.Module:
-    """The submodule at a dotted name, made on the way where it is missing."""
-    module = root
-    for part in name.split(".") if name else ():
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
-    return module
-
-
 def _put(root: nn.Module, name: str, module: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
-    _submodule(root, owner).add_module(leaf, module)
+    make_submodule(root, owner).add_module(leaf, module)
 
 
 def stored_bytes(student: fx.GraphModule) -> dict[str, int]:

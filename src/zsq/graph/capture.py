@@ -3,7 +3,6 @@
 import inspect
 import io
 import logging
-import operator
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -15,6 +14,7 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from zsq.errors import UsageError
+from zsq.graph.tensors import device_of, get_tensor, make_submodule
 
 aten = torch.ops.aten
 # Operations that return their first argument itself on a model in eval mode.
@@ -125,21 +125,6 @@ def activations(graph: fx.Graph) -> list[fx.Node]:
 def output_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that the graph returns."""
     return list(next(n for n in graph.nodes if n.op == "output").all_input_nodes)
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where the module's tensors live (of the first one; cpu if it has none)."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-def get_tensor(module: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer at a dotted name."""
-    value = operator.attrgetter(name)(module)
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} is not a tensor")
-    return value
 
 
 def _check_inputs(module: nn.Module) -> None:
@@ -285,23 +270,13 @@ def _fold_constants(graph_module: fx.GraphModule) -> None:
             layer = next((u for u in node.users if u.target in LAYERS and u.args[1] is node), None)
             path = module_path(layer) if layer is not None else ""
             name = f"{path}.constant_{node.name}".lstrip(".")
-            _register(graph_module, name, known[node].detach())
+            owner, _, leaf = name.rpartition(".")
+            make_submodule(graph_module, owner).register_buffer(leaf, known[node].detach())
             with graph.inserting_before(node):
                 constant = graph.get_attr(name)
             constant.meta = dict(node.meta)
             node.replace_all_uses_with(constant)
     graph.eliminate_dead_code()
-
-
-def _register(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> None:
-    """Put a buffer at a dotted name, with plain modules on the way."""
-    *path, leaf = name.split(".")
-    owner: nn.Module = graph_module
-    for part in path:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
-    owner.register_buffer(leaf, tensor)
 
 
 def _check(graph_module: fx.GraphModule, module: nn.Module, images: Tensor) -> None:

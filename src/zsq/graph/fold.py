@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from zsq.graph.capture import LAYERS, aten, get_tensor, weight_node
+from zsq.graph.capture import LAYERS, aten, weight_node
+from zsq.graph.tensors import get_tensor
 
 BATCH_NORM = aten.batch_norm.default
 

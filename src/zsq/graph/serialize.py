@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from zsq.errors import JobError, UsageError
-from zsq.graph.capture import get_tensor
+from zsq.graph.tensors import get_tensor
 
 SIZE_ARITHMETIC: dict[str, Callable[..., Any]] = {
     f"operator.{name}": getattr(operator, name)

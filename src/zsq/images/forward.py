@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 
 from zsq.errors import UsageError
-from zsq.graph.capture import get_tensor
+from zsq.graph.tensors import get_tensor
 
 aten = torch.ops.aten
 # BatchNorm with stored statistics -> positions of input, running_mean, running_var, training (or None), eps.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from zsq.errors import JobError
-from zsq.graph.capture import device_of
+from zsq.graph.tensors import device_of
 from zsq.images.forward import observe
 from zsq.images.losses import BatchNormStatistics, InputStatistics
 from zsq.images.prior import STANDARD, InputPrior
@@ -72,7 +72,7 @@ def synthesize(
     """
     batches = []
     for index, num_images in enumerate(batch_sizes(settings.num_images, settings.batch_size)):
-        name = f"synthesis-{index:03d}"
+        name = batch_name(index)
         if name not in finished:
             batch = synthesize_batch(
                 teacher,
@@ -165,6 +165,11 @@ def synthesize_batch(
             f"synthesis.precision=float32 (now {settings.precision})."
         )
     return Batch(images.contiguous(), latents.detach(), generator.requires_grad_(False))
+
+
+def batch_name(index: int) -> str:
+    """Under which a batch is kept once it is finished."""
+    return f"synthesis-{index:03d}"
 
 
 def _log_batch(log: Log, name: str, steps: int, step: int, values: dict[str, float]) -> None:

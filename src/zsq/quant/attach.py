@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from zsq.graph.capture import LAYERS, device_of, get_tensor, weight_node
+from zsq.graph.capture import LAYERS, weight_node
+from zsq.graph.tensors import device_of, get_tensor, make_submodule
 from zsq.quant.quantizers import ActivationQuantizer, quantize_weight
 from zsq.quant.scheme import Placement, Scheme, place
 
@@ -54,12 +55,8 @@ def _own_tensors(teacher: fx.GraphModule) -> nn.Module:
     for node in teacher.graph.nodes:
         if node.op != "get_attr":
             continue
-        owner = root
-        *path, name = str(node.target).split(".")
-        for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
+        path, _, name = str(node.target).rpartition(".")
+        owner = make_submodule(root, path)
         if name not in owner._parameters and name not in owner._buffers:
             tensor = get_tensor(teacher, str(node.target)).detach().clone()
             if isinstance(get_tensor(teacher, str(node.target)), nn.Parameter):

@@ -24,6 +24,12 @@ def output_distance(output: Tensor, target: Tensor, *, channel_axis: int) -> Ten
     return (difference * difference).sum() * (output.shape[channel_axis] / output.numel())
 
 
+def energies(target: Tensor, output: Tensor) -> tuple[float, float]:
+    """Sums of squares, in float64: of the target, and of what the output differs from it by."""
+    wanted = target.double()
+    return float(wanted.square().sum()), float((wanted - output.double()).square().sum())
+
+
 def signal_to_noise(signal_energy: float, noise_energy: float) -> float:
     """Ratio of energies in decibels, 10 log10(signal / noise), cut to +-MAX_DECIBELS: JSON has no infinity.
 

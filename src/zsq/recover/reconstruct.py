@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from zsq.errors import JobError
 from zsq.graph.blocks import Unit, extract, last_readers
-from zsq.graph.capture import aten, get_tensor, weight_node
+from zsq.graph.capture import aten, weight_node
+from zsq.graph.tensors import get_tensor
 from zsq.quant.affine import MIN_SCALE
 from zsq.quant.attach import Quantizers
 from zsq.quant.calibrate import calibrate
@@ -19,7 +20,7 @@ from zsq.quant.dropping import dropping, mix
 from zsq.quant.quantizers import ActivationQuantizer, LearnedRounding
 from zsq.quant.rounding import rounding_regulariser
 from zsq.recipe import Calibration, Reconstruction
-from zsq.recover.losses import output_distance, signal_to_noise
+from zsq.recover.losses import energies, output_distance, signal_to_noise
 from zsq.rng import rng_for
 
 CHUNK = 64  # images a forward pass when caching
@@ -111,13 +112,15 @@ def reconstruct(
         student_part = extract(student, unit.inputs, unit.outputs)
         teacher_inputs, student_inputs = ([cache[name] for name in unit.inputs] for cache in caches)
         targets = forward_in_chunks(teacher_part, teacher_inputs)
-        key = f"unit-{index:03d}"
+        key = unit_name(index)
         done = finished.get(key)
         owned = {name: q for name, q in _unit_quantizers(student_part, quantizers)}
         if done is None:
             calibrate(student_part, student_inputs, calibration, settled=settled)
-            snr_nearest = _snr(targets, forward_in_chunks(student_part, student_inputs))
+            outputs = forward_in_chunks(student_part, student_inputs)
+            snr_nearest = _snr(targets, outputs)
             if settings is not None:
+                outputs.clear()  # not held while learning
                 nearest = {name: copy.deepcopy(q) for name, q in owned.items()}
                 _reconstruct_unit(
                     teacher,
@@ -138,16 +141,17 @@ def reconstruct(
                     owned = nearest
                     for name, quantizer in owned.items():
                         student_part.set_submodule(name, quantizer)
+                    outputs = forward_in_chunks(student_part, student_inputs)
         else:
             snr_nearest = float(done["snr_nearest"])
             for name, quantizer in owned.items():
                 quantizer.load_state_dict(
                     {k.removeprefix(f"{name}."): v for k, v in done.items() if k.startswith(f"{name}.")}
                 )
+            outputs = forward_in_chunks(student_part, student_inputs)
         for name, quantizer in owned.items():
             student.set_submodule(name, quantizer)
         settled.update(owned.values())
-        outputs = forward_in_chunks(student_part, student_inputs)
         _refuse_nan(unit, targets, outputs)
         result = UnitResult(unit.name, len(unit.layers), snr_nearest, _snr(targets, outputs))
         results.append(result)
@@ -160,6 +164,11 @@ def reconstruct(
             for name in [n for n in cache if last.get(n, -1) <= index]:
                 del cache[name]
     return results
+
+
+def unit_name(index: int) -> str:
+    """Under which a unit is kept once it is finished."""
+    return f"unit-{index:03d}"
 
 
 def _unit_quantizers(part: nn.Module, quantizers: Quantizers) -> Iterator[tuple[str, nn.Module]]:
@@ -255,11 +264,8 @@ def _refuse_nan(unit: Unit, targets: Sequence[Tensor], outputs: Sequence[Tensor]
 
 
 def _snr(targets: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
-    signal = sum(float(t.double().square().sum()) for t in targets)
-    noise = sum(
-        float((t.double() - o.double()).square().sum()) for t, o in zip(targets, outputs, strict=True)
-    )
-    return signal_to_noise(signal, noise)
+    pairs = [energies(t, o) for t, o in zip(targets, outputs, strict=True)]
+    return signal_to_noise(sum(signal for signal, _ in pairs), sum(noise for _, noise in pairs))
 
 
 def _channel_axis(teacher: fx.GraphModule, unit: Unit) -> int:
