@@ -16,7 +16,7 @@ ROOT = Path(zsq.__file__).parent
 
 # What each part may import, besides itself. `SETTINGS` are the recipe's dataclasses: plain numbers that every
 # stage takes, below all stages but graph, which has no settings.
-GROUND = {"errors", "rng", "_version"}
+GROUND = {"errors", "rng", "_version", "allocator"}
 MODELS = {"architectures", "bundled", "weight_files", "teacher", "models"}
 SETTINGS = {"recipe", "images.settings", "quant.scheme"}
 DATA = {"data", "data_arrays", "data_files", "data_hub", "pictures"}

@@ -240,7 +240,7 @@ def test_inputs_and_targets_of_every_unit(monkeypatch: pytest.MonkeyPatch) -> No
     """Targets and clean inputs are the teacher's, quantized inputs those of the finished student."""
     parts = attached(Summing, "W3A3", ends="same")
     teacher, student, _, units = parts
-    x = images(70)  # two chunks
+    x = images(70).contiguous(memory_format=torch.channels_last)  # two chunks, as units compute
     seen: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
     original = reconstruct_module._reconstruct_unit
 
@@ -251,7 +251,7 @@ def test_inputs_and_targets_of_every_unit(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(reconstruct_module, "_reconstruct_unit", record)
     run(parts, x=x, settings=replace(FAST, steps=2))
     assert len(seen) == len(units) and any(len(unit.inputs) > 1 for unit in units)
-    assert seen[0][0][0] is x and seen[0][1][0] is x  # the first one sees the images themselves
+    assert torch.equal(seen[0][0][0], x) and torch.equal(seen[0][1][0], x)  # the first sees the images
     with torch.no_grad():
         for unit, (clean, quantized, targets) in zip(units, seen, strict=True):
             for got, names, source in (

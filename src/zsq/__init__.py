@@ -11,6 +11,7 @@ from zsq._version import __version__
 from zsq.errors import JobError, UsageError, ZsqError
 
 if TYPE_CHECKING:
+    from zsq.allocator import keep_freed_memory
     from zsq.evaluate import accuracy
     from zsq.models import ModelSpec, Teacher, load_model
     from zsq.pipeline import compose_recipe, quantize, synthesize_images
@@ -26,6 +27,7 @@ _WHERE = {
     "Teacher": "zsq.models",
     "accuracy": "zsq.evaluate",
     "compose_recipe": "zsq.pipeline",
+    "keep_freed_memory": "zsq.allocator",
     "load_model": "zsq.models",
     "load_run": "zsq.run",
     "quantize": "zsq.pipeline",
@@ -44,6 +46,7 @@ __all__ = [
     "__version__",
     "accuracy",
     "compose_recipe",
+    "keep_freed_memory",
     "load_model",
     "load_run",
     "quantize",

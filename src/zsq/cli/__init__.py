@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from zsq._version import __version__
+from zsq.allocator import keep_freed_memory
 from zsq.cli import jobs, lists
 from zsq.cli.arguments import DebugOption
 from zsq.cli.call import begin_call, guarded, refused
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     begin_call(given)
+    keep_freed_memory()
     try:
         code = typer.main.get_command(app).main(args=given, prog_name="zsq", standalone_mode=False)
     except KeyboardInterrupt:

@@ -76,6 +76,7 @@ def capture(module: nn.Module, input_size: tuple[int, int, int]) -> fx.GraphModu
     graph_module = _flat_signature(graph_module)
     _remove_identities(graph_module)
     _remove_in_place(graph_module)
+    _accept_any_strides(graph_module)
     _remove_unused(graph_module)
     _fold_constants(graph_module)
     graph_module.graph.lint()
@@ -240,6 +241,13 @@ def _remove_identities(graph_module: fx.GraphModule) -> None:
 def _shape(node: fx.Node) -> tuple[str, ...] | None:
     value = node.meta.get("val")
     return tuple(map(str, value.shape)) if isinstance(value, Tensor) else None
+
+
+def _accept_any_strides(graph_module: fx.GraphModule) -> None:
+    """`reshape` for `view`: the same values, and it takes channels-last tensors too."""
+    for node in graph_module.graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
 
 
 def _remove_unused(graph_module: fx.GraphModule) -> None:

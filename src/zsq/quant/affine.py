@@ -136,15 +136,15 @@ def fake_quantize_learned(
     With v = x / scale, and "inside" meaning qmin - zero_point <= v <= qmax - zero_point (before rounding):
     d/dx is 1 inside, 0 outside; d/dscale, summed over elements, is round(v) - v inside, qmin - zero_point
     below and qmax - zero_point above. LSQ's factor on the scale's gradient is left to the learning rate.
-    Of the tensors as large as `x`, only `x` itself is kept for the backward pass.
+    Two tensors as large as `x` are kept for the backward pass (one if the scale is not trained).
 
     Args:
-        x: activations, any shape.
+        x: activations, any shape; half precision is computed and returned in float32.
         scale: scalar > 0; the caller keeps it positive during training.
         zero_point: scalar, integer-valued, gets no gradient.
         qmin, qmax: integer limits.
-        keep: int32, shape of `x`: -1 where the value passes as it is (gradient 1 for x, 0 for the scale), 0
-            where it is quantized; `x` must then be float32. None quantizes all.
+        keep: shape of `x`, 1.0 where the (finite) value passes as it is (gradient 1 for x, 0 for the scale),
+            0.0 where it is quantized. None quantizes all.
 
     Raises:
         ValueError: scale or zero point is not a scalar.
@@ -155,45 +155,33 @@ def fake_quantize_learned(
 
 
 class _LearnedStep(torch.autograd.Function):
-    """Closed-form LSQ; its backward is linear in the incoming gradient and can be differentiated by it."""
+    """Closed-form LSQ; its backward is linear in the incoming gradient and can be differentiated by it.
+
+    The output is scale * (code - zero point), so with m = 1 where the gradient passes (inside or kept), the
+    gradient of the scale is (output - m x) / scale: round(v) - v inside, the limit outside, 0 where kept.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, keep: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, zero_point, keep)
-        ctx.limits = qmin, qmax
-        result = fake_quantize(x, scale, zero_point, qmin=qmin, qmax=qmax)
+        x = x.to(torch.promote_types(x.dtype, scale.dtype))
+        v = x / scale
+        result = v.round().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point).mul_(scale)
+        v.add_(zero_point)
+        passing = v.clamp(qmin, qmax).eq_(v)  # 1.0 or 0.0: bool tensors are dear on a CPU
         if keep is not None:
-            _where_kept(result, x.contiguous(), keep)
+            result.lerp_(x, keep)
+            torch.maximum(passing, keep, out=passing)
+        residual = torch.addcmul(result, x, passing, value=-1) if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(passing, residual, scale)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        x, scale, zero_point, keep = ctx.saved_tensors
-        qmin, qmax = ctx.limits
-        with torch.no_grad():  # in place and without bool where possible: both are dear on a CPU
-            v = x / scale
-            clipped = v.clamp_min(qmin - zero_point).clamp_max_(qmax - zero_point)
-            inside = v.eq_(clipped)  # 1.0 or 0.0
-            residual = None
-            if ctx.needs_input_grad[1]:
-                # Inside round(v) - v; outside the limit itself, which is already an integer.
-                residual = clipped.round().addcmul_(inside, clipped, value=-1)
-            if keep is not None:
-                _where_kept(inside, torch.ones((), device=x.device), keep)
-                if residual is not None:
-                    _where_kept(residual, torch.zeros((), device=x.device), keep)
-        grad_x = grad * inside
-        if residual is None:
-            return grad_x, None, None, None, None, None
-        return grad_x, residual.mul_(grad).sum(), None, None, None, None
-
-
-def _where_kept(result: Tensor, value: Tensor, keep: Tensor) -> None:
-    """Overwrite `result` by `value` where `keep` is -1, by blending bits; float32."""
-    bits, value_bits = result.view(torch.int32), value.view(torch.int32)
-    bits.bitwise_xor_(bits.bitwise_xor(value_bits).bitwise_and_(keep))
+        passing, residual, scale = ctx.saved_tensors
+        grad_scale = None if residual is None else (residual * grad).sum() / scale.detach()
+        return grad * passing, grad_scale, None, None, None, None
 
 
 _learned_step: Callable[..., Tensor] = _LearnedStep.apply

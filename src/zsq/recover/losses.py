@@ -1,8 +1,12 @@
 """Losses between a student's and a teacher's tensors."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 MAX_DECIBELS = 999.0
 
@@ -20,8 +24,26 @@ def output_distance(output: Tensor, target: Tensor, *, channel_axis: int) -> Ten
 
     Source: BRECQ, QDrop and Genie (arXiv:2212.04780), reconstruction loss with p = 2 as in their code.
     """
-    difference = output - target
-    return (difference * difference).sum() * (output.shape[channel_axis] / output.numel())
+    return _squared_error(output, target) * (output.shape[channel_axis] / output.numel())
+
+
+class _SquaredError(torch.autograd.Function):
+    """Sum of squares of output - target; gradient 2 (output - target) for the output, none for the target."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, target: Tensor) -> Tensor:
+        difference = output - target
+        ctx.save_for_backward(difference)
+        return torch.linalg.vector_norm(difference).square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * (2 * grad), None
+
+
+_squared_error: Callable[[Tensor, Tensor], Tensor] = _SquaredError.apply
 
 
 def energies(target: Tensor, output: Tensor) -> tuple[float, float]:
