@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zsq.quant import ranges
 from zsq.quant.affine import MIN_SCALE, choose_qparams, fake_quantize, integer_limits
-from zsq.quant.ranges import error_minimising, minmax, percentile
+from zsq.quant.ranges import error_minimising, error_minimising_ends, minmax, percentile
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -128,6 +128,45 @@ def test_constant_channels(signed: bool, symmetric: bool) -> None:
     torch.testing.assert_close(y, x)
     one, _ = error_minimising(torch.tensor([0.3]), bits=4, signed=signed, symmetric=symmetric)
     assert one.shape == () and one > 0
+
+
+def mean_error(x: Tensor, pair: tuple[Tensor, Tensor], bits: int, exponent: float = 2.4) -> float:
+    y = fake_quantize(x, *pair, qmin=0, qmax=2**bits - 1)
+    return float((x - y).abs().pow(exponent).mean())
+
+
+def test_both_ends_are_searched_on_their_own() -> None:
+    """A BatchNorm after a ReLU: most values are one negative number, the others a long tail."""
+    x = normal(5_000).exp_().sub_(3)
+    x[::2] = -3
+    together = error_minimising(x, bits=4, signed=False, symmetric=False)
+    apart = error_minimising_ends(x, bits=4)
+    assert mean_error(x, apart, 4) < 0.9 * mean_error(x, together, 4)
+    scale, zero_point = apart
+    assert (
+        scale.shape == zero_point.shape == () and 0 <= zero_point <= 15 and zero_point == zero_point.round()
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_two_ends_are_never_worse_than_one_ratio(seed: int, bits: int) -> None:
+    x = normal(500, seed=seed).add_(seed / 2)
+    pairs = [
+        error_minimising(x, bits=bits, signed=False, symmetric=False),
+        error_minimising_ends(x, bits=bits),
+    ]
+    together, apart = (mean_error(x, pair, bits) for pair in pairs)
+    assert apart <= together * (1 + 1e-9)
+
+
+def test_one_end_at_zero_is_left_there() -> None:
+    for x in (normal(300).abs_(), -normal(300).abs_(), torch.zeros(5)):
+        ends, ratio = (
+            error_minimising_ends(x, bits=3),
+            error_minimising(x, bits=3, signed=False, symmetric=False),
+        )
+        assert ends[0] == ratio[0] and ends[1] == ratio[1]
 
 
 def test_bad_arguments() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zsq.quant.affine import choose_qparams
 from zsq.quant.quantizers import ActivationQuantizer
-from zsq.quant.ranges import error_minimising, minmax, percentile
+from zsq.quant.ranges import error_minimising, error_minimising_ends, minmax, percentile
 from zsq.recipe import Calibration
 
 
@@ -20,7 +20,9 @@ def choose_activation_range(x: Tensor, *, bits: int, settings: Calibration) -> t
     quantizer in unsigned codes.
     """
     signed = bool((x < 0).any())
-    if settings.method == "error":
+    if settings.method == "error" and signed and not settings.symmetric:
+        scale, zero_point = error_minimising_ends(x, bits=bits, exponent=settings.exponent)
+    elif settings.method == "error":
         scale, zero_point = error_minimising(
             x,
             bits=bits,

@@ -107,6 +107,56 @@ def error_minimising(
     return (widest * torch.cat(ratios).view_as(widest)).clamp_(min=MIN_SCALE), zero_point
 
 
+@torch.no_grad()
+def error_minimising_ends(
+    x: Tensor, *, bits: int, exponent: float = 2.4, num_ratios: int = 100
+) -> tuple[Tensor, Tensor]:
+    """As `error_minimising`, asymmetric and unsigned, but each end of the range is searched on its own.
+
+    A range that shrinks about 0 has to cut both ends alike. That is wrong for what a BatchNorm after a ReLU
+    gives: one negative number for all the zeros, a large share of the values, and a long tail above. From the
+    best such range the lower end, the upper end and the lower end again move to where the error is smallest.
+
+    Args:
+        x: activations, any shape, float; thinned as there, to `_BLOCK` values.
+        bits, exponent, num_ratios: as there.
+
+    Returns:
+        (scale, zero_point), scalars; codes 0 .. 2^bits - 1.
+
+    Raises:
+        ValueError: as there.
+    """
+    qmin, qmax = integer_limits(bits, signed=False)
+    scale, zero_point = error_minimising(
+        x, bits=bits, signed=False, symmetric=False, exponent=exponent, num_ratios=num_ratios
+    )
+    widest = minmax(x)
+    if not bool((widest[0] < 0) & (widest[1] > 0)):
+        return scale, zero_point
+    values = _thinned(_rows(x, None), _BLOCK)[0]
+    ends = [(qmin - zero_point) * scale, (qmax - zero_point) * scale]
+    lowest = _error(values, scale, zero_point, qmin, qmax, exponent)
+    for end in (0, 1, 0):
+        for index in range(num_ratios):
+            candidate = list(ends)
+            candidate[end] = widest[end] * (1 - index / num_ratios)
+            found = choose_qparams(candidate[0], candidate[1], qmin=qmin, qmax=qmax, symmetric=False)
+            error = _error(values, *found, qmin, qmax, exponent)
+            if bool(error < lowest):
+                lowest, ends, (scale, zero_point) = error, candidate, found
+    return scale, zero_point
+
+
+def _error(
+    values: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, exponent: float
+) -> Tensor:
+    """Mean of |x - fake_quantize(x)|^exponent."""
+    difference = (values / scale).round_().clamp_min_(qmin - zero_point).clamp_max_(qmax - zero_point)
+    difference.mul_(scale).sub_(values).abs_()
+    return difference.clamp_min_(torch.finfo(values.dtype).tiny).log2_().mul_(exponent).exp2_().mean()
+
+
 def _best_ratio(
     rows: Tensor, widest: Tensor, limits: tuple[Tensor, Tensor], exponent: float, num_ratios: int
 ) -> Tensor:
@@ -149,13 +199,13 @@ def _rows(x: Tensor, axis: int | None) -> Tensor:
     return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
 
 
-def _thinned(rows: Tensor) -> Tensor:
-    """Every n-th column, contiguous, n such that at most MAX_SAMPLES remain.
+def _thinned(rows: Tensor, most: int | None = None) -> Tensor:
+    """Every n-th column, contiguous, n such that at most `most` (None: MAX_SAMPLES) remain.
 
     n shares no factor with the row length, so it does not lock onto one channel, row or column of an image.
     """
     length = rows.shape[1]
-    stride = math.ceil(length / MAX_SAMPLES)
+    stride = math.ceil(length / (most or MAX_SAMPLES))
     while math.gcd(stride, length) > 1:
         stride += 1
     return rows[:, ::stride].contiguous()

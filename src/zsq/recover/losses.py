@@ -34,7 +34,8 @@ class _SquaredError(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, target: Tensor) -> Tensor:
         difference = output - target
         ctx.save_for_backward(difference)
-        return torch.linalg.vector_norm(difference).square()
+        norm: Tensor = torch.linalg.vector_norm(difference)
+        return norm.square()
 
     @staticmethod
     @once_differentiable
@@ -43,7 +44,7 @@ class _SquaredError(torch.autograd.Function):
         return difference * (2 * grad), None
 
 
-_squared_error: Callable[[Tensor, Tensor], Tensor] = _SquaredError.apply
+_squared_error: Callable[..., Tensor] = _SquaredError.apply
 
 
 def energies(target: Tensor, output: Tensor) -> tuple[float, float]:
