@@ -21,7 +21,7 @@ import zsq.recover.reconstruct as reconstruct_module
 from zsq.graph.blocks import Unit, extract
 from zsq.quant.attach import Quantizers
 from zsq.quant.calibrate import calibrate
-from zsq.quant.dropping import mix
+from zsq.quant.dropping import Rows, mix
 from zsq.quant.quantizers import ActivationQuantizer, LearnedRounding, WeightQuantizer, quantize_weight
 from zsq.quant.rounding import rectified_sigmoid
 from zsq.recipe import Calibration, Reconstruction
@@ -267,10 +267,10 @@ def test_every_step_sees_distinct_images_and_mixes_the_inputs(monkeypatch: pytes
     calls: list[tuple[Tensor, Tensor]] = []
     original = mix
 
-    def record(x: Tensor, other: Tensor, prob: float, rng: torch.Generator) -> Tensor:
-        assert prob == 0.25
+    def record(x: Tensor, other: Tensor, prob: float, rng: torch.Generator, rows: Rows) -> Tensor:
+        assert prob == 0.25 and rows == Rows(0, 16, 16)
         calls.append((x, other))
-        return original(x, other, prob, rng)
+        return original(x, other, prob, rng, rows)
 
     monkeypatch.setattr(reconstruct_module, "mix", record)
     x = images(48)

@@ -49,21 +49,25 @@ class Dataset:
         """How many classes the source names; if it names none, the largest label + 1."""
         return len(self.class_names) or int(self.labels.max()) + 1
 
-    def batches(self, batch_size: int = 64, *, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, batch_size: int = 64, *, limit: int | None = None, start: int = 0, every: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of images (N, C, H, W), float32, normalised, and labels (N,), int64, in order.
 
         Args:
             batch_size: images a pair; the last pair may have fewer.
             limit: read at most this many images, drawn once and for all from the whole set, as many sets
                 are sorted by class; None reads all.
+            start, every: of all pairs only number `start` and every `every`-th after it, for one of several
+                processes.
 
         Raises:
             UsageError: an image cannot be read, or a number is below 1.
         """
         _check_positive(batch_size, "batch size")
         positions = _subset(len(self), len(self) if limit is None else min(limit, len(self)))
-        for start in range(0, len(positions), batch_size):
-            chosen = positions[start : start + batch_size]
+        for first in range(start * batch_size, len(positions), every * batch_size):
+            chosen = positions[first : first + batch_size]
             yield self.read(chosen), self.labels[chosen]
 
 

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import logging
 import platform
 import shutil
 import time
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 
 from zsq._version import __version__
 from zsq.budget import with_budget
+from zsq.distributed import ALONE, Group
 from zsq.errors import UsageError
 from zsq.evaluate import agreement, unit_signal_to_noise
 from zsq.graph.blocks import split
@@ -50,14 +52,16 @@ from zsq.run import (
 )
 from zsq.student import stored_bytes
 
+logger = logging.getLogger(__name__)
 State = MutableMapping[str, dict[str, Tensor]]
 
 
 @dataclass
 class _Account:
-    """What a run keeps track of on the way: time by stage and logged steps."""
+    """What a run keeps track of on the way: its processes, time by stage and logged steps."""
 
     progress: Callback
+    group: Group = ALONE
     timings: dict[str, float] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
@@ -115,6 +119,7 @@ def quantize(
     force: bool = False,
     progress: Callback = silent,
     command: str | None = None,
+    group: Group = ALONE,
 ) -> Run:
     """Quantize a model without its data.
 
@@ -135,6 +140,8 @@ def quantize(
         force: replace a finished run in `out`.
         progress: called with every step that is worth showing.
         command: what to note as the command in run.json.
+        group: processes that all make this call, see `zsq.distributed`; process 0 writes `out`. The images
+            are the same bits whatever their number, the rest agrees within the order of floating-point sums.
 
     Raises:
         UsageError: the call is wrong (nothing was written).
@@ -154,7 +161,7 @@ def quantize(
             "take a recipe that makes its own, such as genie."
         )
     target = _device(device)
-    account = _Account(progress)
+    account = _Account(progress, group)
     with account.timed("capture"):
         graph = captured(teacher, target)
         _check_graph(graph, settings)
@@ -162,7 +169,7 @@ def quantize(
     folder = Path(out) if out is not None else None
     state: State = {}
     if folder is not None:
-        state = _open_state(folder, identity, force=force, command=command)
+        state = _open_state(folder, identity, force=force, command=command, group=group)
     given = images if made is None else made
     run = _run_stages(teacher, graph, settings, given, seed, target, state, account)
     run.record = {
@@ -171,14 +178,19 @@ def quantize(
         "command": command,
         "budget": budget,
         "overrides": dict(overrides or {}),
+        "processes": group.size,
         **identity,
         "timings": account.timings,
         "results": run.record,
     }
     run.metrics = account.metrics
     if folder is not None:
-        run.write(folder)
-        shutil.rmtree(folder / STATE, ignore_errors=True)
+
+        def write() -> None:
+            run.write(folder)
+            shutil.rmtree(folder / STATE, ignore_errors=True)
+
+        group.first(write)
     return run
 
 
@@ -193,6 +205,7 @@ def synthesize_images(
     out: str | Path | None = None,
     force: bool = False,
     progress: Callback = silent,
+    group: Group = ALONE,
 ) -> Tensor:
     """Only the images of a recipe: (N, C, H, W), normalised as the model's input; arguments as in `quantize`.
 
@@ -210,12 +223,16 @@ def synthesize_images(
     folder = Path(out) if out is not None else None
     if folder is not None:
         identity = _identity("synthesize", teacher, settings, None, seed, target)
-        state = _open_state(folder, identity, force=force, command=None)
-    images = _make_images(graph, teacher, settings, None, seed, target, state, _Account(progress))
+        state = _open_state(folder, identity, force=force, command=None, group=group)
+    images = _make_images(graph, teacher, settings, None, seed, target, state, _Account(progress, group))
     if folder is not None:
-        write_images(folder, images, teacher.spec)
-        shutil.rmtree(folder / STATE, ignore_errors=True)
-        (folder / RECORD).unlink(missing_ok=True)
+
+        def write() -> None:
+            write_images(folder, images, teacher.spec)
+            shutil.rmtree(folder / STATE, ignore_errors=True)
+            (folder / RECORD).unlink(missing_ok=True)
+
+        group.first(write)
     return images.cpu()
 
 
@@ -285,6 +302,7 @@ def _run_stages(
             seed=seed,
             finished=state,
             log=log,
+            group=account.group,
         )
     with account.timed("holdout"):
         holdout = _make_holdout(graph, teacher, settings, seed, state, account)
@@ -350,19 +368,45 @@ def _synthesize(
 ) -> Tensor:
     sizes = batch_sizes(settings.num_images, settings.batch_size)
     names = [batch_name(index) for index in range(len(sizes))]
+    size, missing = account.group.size, [i for i, name in enumerate(names) if name not in state]
+    if stage == "synthesize" and len(missing) % size:
+        idle = size - len(missing) % size
+        logger.info(
+            "%d batches of images for %d processes: in the last turn %d of them %s nothing to make. Smaller "
+            "batches (--set synthesis.batch_size=...) are more, but then the images are others.",
+            len(missing),
+            size,
+            idle,
+            "has" if idle == 1 else "have",
+        )
 
     def report(index: int, steps: int, values: dict[str, float], *, resumed: bool = False) -> None:
         item, total = f"batch {index + 1} of {len(sizes)}", len(sizes) * settings.steps
         account(Progress(stage, item, index * settings.steps + steps, total, values, resumed))
 
     def log(batch: str, step: int, _: int, values: dict[str, float]) -> None:
-        report(names.index(batch), step + 1, values)
+        index = names.index(batch)
+        if size > 1:  # the other processes are about as far with theirs
+            before = missing.index(index) // size * size
+            together = min(size, len(missing) - before)
+            done = (len(names) - len(missing) + before) * settings.steps + (step + 1) * together
+            item = f"batch {index + 1} of {len(sizes)}, {together} at once"
+            account(Progress(stage, item, done, len(sizes) * settings.steps, values))
+        else:
+            report(index, step + 1, values)
 
     for index, name in enumerate(names):
         if name in state:
             report(index, settings.steps, {}, resumed=True)
     return synthesize(
-        graph, settings, spec.input_size, seed=seed, finished=state, log=log, prior=input_prior(spec)
+        graph,
+        settings,
+        spec.input_size,
+        seed=seed,
+        finished=state,
+        log=log,
+        prior=input_prior(spec),
+        group=account.group,
     )
 
 
@@ -443,8 +487,18 @@ def _identity(
     return result
 
 
-def _open_state(folder: Path, identity: dict[str, Any], *, force: bool, command: str | None) -> State:
-    """The state of the run in `folder`: that of an interrupted run of the same identity, or a fresh one."""
+def _open_state(
+    folder: Path, identity: dict[str, Any], *, force: bool, command: str | None, group: Group
+) -> State:
+    """The state of the run in `folder`: that of an interrupted run of the same identity, or a fresh one.
+
+    Process 0 keeps it on disk; the others have a copy.
+    """
+    state = group.first(lambda: _state_on_disk(folder, identity, force=force, command=command))
+    return group.pieces_of_first({} if state is None else state)
+
+
+def _state_on_disk(folder: Path, identity: dict[str, Any], *, force: bool, command: str | None) -> State:
     record: dict[str, Any] = {}
     if is_run_folder(folder):
         try:

@@ -1,5 +1,6 @@
 """The command line: each command reads its arguments, makes one Python call and shows what came of it."""
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: without the program's name; None takes those of the process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and int(os.environ.get("RANK") or 0) > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # the first process of a job speaks for all
     begin_call(given)
     keep_freed_memory()
     try:

@@ -1,7 +1,8 @@
 """Arguments that several commands share: the options, and what their texts stand for."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from zsq.cli.terminal import say
 from zsq.errors import UsageError
 
 if TYPE_CHECKING:
+    from zsq.distributed import Group
     from zsq.teacher import Teacher
 
 ModelArgument = Annotated[
@@ -123,6 +125,21 @@ def read_device(name: str) -> str:
     if name != "cpu" and not torch.cuda.is_available():
         raise UsageError("--device cuda was asked for, but PyTorch finds no CUDA device. Use --device cpu.")
     return name
+
+
+@contextmanager
+def processes(device: str) -> "Iterator[tuple[Group, str]]":
+    """The processes that do the command together, one unless torchrun started several, and this one's device.
+
+    Raises:
+        UsageError: as for `read_device`, or there are not as many devices.
+        JobError: the processes did not find one another.
+    """
+    from zsq.distributed import joined, local_device
+
+    target = local_device(read_device(device))
+    with joined() as group:
+        yield group, target
 
 
 def is_run(model: str) -> bool:

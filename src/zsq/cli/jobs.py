@@ -24,7 +24,7 @@ from zsq.cli.arguments import (
     WeightsOption,
     default_out,
     is_run,
-    read_device,
+    processes,
     read_settings,
     read_teacher,
 )
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from zsq.data import Dataset
+    from zsq.distributed import Group
     from zsq.progress import Callback
     from zsq.teacher import ModelSpec
 
@@ -80,12 +81,12 @@ def quantize(
     debug: DebugOption = False,
 ) -> None:
     """Quantize a model without its data. The same command continues an interrupted run."""
-    with only_result_on_stdout():
+    with only_result_on_stdout(), processes(device) as (group, target):
         import zsq
         from zsq.data import load_images
         from zsq.run import write_record
 
-        target, overrides = read_device(device), read_settings(settings)
+        overrides = read_settings(settings)
         composed = zsq.compose_recipe(recipe, bits=bits, ends=ends, budget=budget, overrides=overrides)
         bits = composed.scheme.bits
         teacher = read_teacher(model, weights, input_size, mean, std)
@@ -109,16 +110,17 @@ def quantize(
                 force=force,
                 progress=progress,
                 command=call.line(),
+                group=group,
             )
         if dataset is not None:
             call.hint = f"The run in {folder} is complete; to measure it: {evaluate_line(folder, data)}"
             networks = {"teacher": teacher.module, "student": run.student}
             try:
-                measured = _measure(networks, dataset, target, plain=as_json)
+                measured = _measure(networks, dataset, target, group, plain=as_json)
             except ZsqError as error:
                 raise JobError(f"{error} {call.hint}") from error
             run.record["results"]["measured"] = {"data": data, **measured}
-            write_record(folder, run.record)
+            group.first(lambda: write_record(folder, run.record))
     if as_json:
         print_json(run.record)
     else:
@@ -145,10 +147,10 @@ def synthesize(
     debug: DebugOption = False,
 ) -> None:
     """Make only the synthetic images of a recipe."""
-    with only_result_on_stdout():
+    with only_result_on_stdout(), processes(device) as (group, target):
         import zsq
 
-        target, overrides = read_device(device), read_settings(settings)
+        overrides = read_settings(settings)
         zsq.compose_recipe(recipe, budget=budget, overrides=overrides)
         teacher = read_teacher(model, weights, input_size, mean, std)
         folder = out or default_out("images", teacher, recipe, "", seed)
@@ -165,6 +167,7 @@ def synthesize(
                 out=folder,
                 force=force,
                 progress=progress,
+                group=group,
             )
     if as_json:
         print_json({"out": str(folder), "shape": list(made.shape)})
@@ -199,10 +202,9 @@ def evaluate(
     debug: DebugOption = False,
 ) -> None:
     """Measure the accuracy on real labelled images; nothing is written."""
-    with only_result_on_stdout():
+    with only_result_on_stdout(), processes(device) as (group, target):
         from zsq.run import load_run
 
-        target = read_device(device)
         networks: dict[str, nn.Module] = {}
         if teacher or not is_run(model):
             loaded = read_teacher(model, weights, input_size, mean, std)
@@ -218,7 +220,9 @@ def evaluate(
             networks["student"] = run.student
             spec, output_shape = run.spec, tuple(run.student(run.images[:2]).shape[1:])
         dataset = _labelled(data, spec, output_shape)
-        measured = _measure(networks, dataset, target, plain=as_json, batch_size=batch_size, limit=limit)
+        measured = _measure(
+            networks, dataset, target, group, plain=as_json, batch_size=batch_size, limit=limit
+        )
     if as_json:
         print_json({"model": model, "data": data, **measured})
     else:
@@ -266,6 +270,7 @@ def _measure(
     networks: "Mapping[str, nn.Module]",
     dataset: "Dataset",
     device: str,
+    group: "Group",
     *,
     plain: bool,
     batch_size: int = BATCH_SIZE,
@@ -278,14 +283,12 @@ def _measure(
     count = min(limit or len(dataset), len(dataset))
 
     def one(name: str, network: "nn.Module", progress: "Callback") -> dict[str, Any]:
-        batches = dataset.batches(batch_size, limit=limit)
-        found = accuracy(
-            network.to(device),
-            batches,
-            device=device,
-            progress=lambda done: progress(Progress("evaluate", name, done, count)),
-        )
-        return found.to_json()
+        batches = dataset.batches(batch_size, limit=limit, every=group.size, start=group.rank)
+
+        def report(done: int) -> None:  # the other processes are about as far with theirs
+            progress(Progress("evaluate", name, min(done * group.size, count), count))
+
+        return accuracy(network.to(device), batches, device=device, progress=report, group=group).to_json()
 
     with reported_progress(plain=plain) as progress:
         return {name: one(name, network, progress) for name, network in networks.items()}

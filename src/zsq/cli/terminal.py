@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import shlex
 import sys
 import time
@@ -133,10 +134,31 @@ def reported_progress(*, plain: bool) -> Iterator[Callback]:
     """The callback for a job: bars if stderr is a terminal and not `plain`, otherwise lines."""
     console = Console(stderr=True)
     if plain or not (console.is_interactive and sys.stderr.isatty()):
-        yield plain_lines()
+        with said_notes(say):
+            yield plain_lines()
         return
-    with Bars(*columns(), console=console) as bars:
+    with Bars(*columns(), console=console) as bars, said_notes(console.print):
         yield stage_bars(bars)
+
+
+@contextmanager
+def said_notes(show: Callable[[str], None]) -> Iterator[None]:
+    """What the library logs as worth knowing is shown."""
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            label = "Error" if record.levelno >= logging.ERROR else "Note"
+            show(f"{label}: {record.getMessage()}")
+
+    logger, handler = logging.getLogger("zsq"), Shown(logging.INFO)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def columns() -> tuple[ProgressColumn, ...]:

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from zsq.distributed import ALONE, Group, spread
 from zsq.errors import JobError
 from zsq.graph.tensors import device_of
 from zsq.images.forward import observe
@@ -51,6 +52,7 @@ def synthesize(
     finished: Finished,
     log: Log,
     prior: InputPrior | None = None,
+    group: Group = ALONE,
 ) -> Tensor:
     """Images in batches that know nothing of one another; each has its own stream of `seed`.
 
@@ -62,6 +64,8 @@ def synthesize(
         finished: {"images": ...} of finished batches by name; those found there are taken over, others added.
         log: called as log(batch name, step, steps, values) a few times a batch.
         prior: mean and deviation that the images start from and are held to; None for 0 and 1.
+        group: processes that make a batch each at a time; all get all images, the same bits whatever their
+            number.
 
     Returns:
         (num_images, C, H, W), normalised, float32, on the CPU.
@@ -70,22 +74,23 @@ def synthesize(
         UsageError: the teacher has no BatchNorm.
         JobError: the optimisation diverged.
     """
-    batches = []
-    for index, num_images in enumerate(batch_sizes(settings.num_images, settings.batch_size)):
-        name = batch_name(index)
-        if name not in finished:
-            batch = synthesize_batch(
-                teacher,
-                settings,
-                input_size,
-                num_images,
-                rng=rng_for(seed, "synthesis", index),
-                log=partial(_log_batch, log, name, settings.steps),
-                prior=prior,
-            )
-            finished[name] = {"images": batch.images.cpu()}
-        batches.append(finished[name]["images"])
-    return torch.cat(batches)
+    sizes = batch_sizes(settings.num_images, settings.batch_size)
+    names = [batch_name(index) for index in range(len(sizes))]
+
+    def make(index: int) -> dict[str, Tensor]:
+        batch = synthesize_batch(
+            teacher,
+            settings,
+            input_size,
+            sizes[index],
+            rng=rng_for(seed, "synthesis", index),
+            log=partial(_log_batch, log, names[index], settings.steps),
+            prior=prior,
+        )
+        return {"images": batch.images.cpu()}
+
+    spread(names, make, finished, group)
+    return torch.cat([finished[name]["images"] for name in names])
 
 
 def synthesize_batch(

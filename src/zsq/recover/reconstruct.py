@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from zsq.distributed import ALONE, Group
 from zsq.errors import JobError
 from zsq.graph.blocks import Unit, extract, last_readers
 from zsq.graph.capture import aten, weight_node
@@ -17,7 +18,7 @@ from zsq.images.forward import freeze_batch_norms
 from zsq.quant.affine import MIN_SCALE
 from zsq.quant.attach import Quantizers
 from zsq.quant.calibrate import calibrate
-from zsq.quant.dropping import dropping, mix
+from zsq.quant.dropping import Rows, dropping, mix
 from zsq.quant.quantizers import ActivationQuantizer, LearnedRounding
 from zsq.quant.rounding import rounding_regulariser
 from zsq.recipe import Calibration, Reconstruction
@@ -75,6 +76,7 @@ def reconstruct(
     seed: int,
     finished: Finished,
     log: Log,
+    group: Group = ALONE,
 ) -> list[UnitResult]:
     """Calibrate and reconstruct all units in order; the student's quantizers are changed in place.
 
@@ -89,6 +91,8 @@ def reconstruct(
         seed: every unit has its own stream of it.
         finished: state dicts of finished units by name; those found there are taken over, others are added.
         log: called as log(unit name, step, steps, values).
+        group: processes that share every minibatch; the draws are those of one process, so that the result
+            differs only by the order in which gradients are summed. Every process has all caches.
 
     Raises:
         JobError: a unit returns NaN or infinity where the teacher's does not.
@@ -135,6 +139,7 @@ def reconstruct(
                     channel_axis=_channel_axis(teacher, unit),
                     settings=settings,
                     settled=settled,
+                    group=group,
                     rng=rng_for(seed, "reconstruction", index),
                     log=lambda step, values, name=unit.name: log(name, step, settings.steps, values),  # type: ignore[misc]
                 )
@@ -146,12 +151,10 @@ def reconstruct(
                     for name, quantizer in owned.items():
                         student_part.set_submodule(name, quantizer)
                     outputs = forward_in_chunks(student_part, student_inputs)
+                _take_from_first(owned, group)
         else:
             snr_nearest = float(done["snr_nearest"])
-            for name, quantizer in owned.items():
-                quantizer.load_state_dict(
-                    {k.removeprefix(f"{name}."): v for k, v in done.items() if k.startswith(f"{name}.")}
-                )
+            _load(owned, done)
             outputs = forward_in_chunks(student_part, student_inputs)
         for name, quantizer in owned.items():
             student.set_submodule(name, quantizer)
@@ -180,6 +183,21 @@ def _unit_quantizers(part: nn.Module, quantizers: Quantizers) -> Iterator[tuple[
     return ((name, module) for name, module in part.named_modules() if name in names)
 
 
+def _take_from_first(owned: dict[str, nn.Module], group: Group) -> None:
+    """Process 0's quantizers in all processes, should another kind of processor have rounded otherwise."""
+    if group.size > 1:
+        state = {f"{n}.{k}": v for n, q in owned.items() for k, v in q.state_dict().items()}
+        state = group.pieces_of_first({"unit": state})["unit"]
+        _load(owned, state)
+
+
+def _load(owned: dict[str, nn.Module], state: dict[str, Tensor]) -> None:
+    for name, quantizer in owned.items():
+        quantizer.load_state_dict(
+            {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+        )
+
+
 def _reconstruct_unit(
     teacher: fx.GraphModule,
     part: fx.GraphModule,
@@ -190,6 +208,7 @@ def _reconstruct_unit(
     channel_axis: int,
     settings: Reconstruction,
     settled: Collection[nn.Module],
+    group: Group,
     rng: torch.Generator,
     log: Callable[[int, dict[str, float]], None],
 ) -> None:
@@ -219,12 +238,17 @@ def _reconstruct_unit(
     device = targets[0].device
     draw = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=rng)))
     batches = minibatches(len(targets[0]), settings.batch_size, rng)
+    count = min(settings.batch_size, len(targets[0]))
+    mine = group.share(count) if count >= group.size else slice(0, count)  # else all do the same
+    rows, share = Rows(mine.start, mine.stop, count), 1 / group.size
+    if count >= group.size:
+        share = (mine.stop - mine.start) / count
     log_every = max(1, settings.steps // 10)
-    with dropping(part, settings.drop_prob, draw):
+    with dropping(part, settings.drop_prob, draw, rows):
         for step in range(settings.steps):
-            index = next(batches).to(device)
+            index = next(batches)[mine].to(device)
             inputs = [
-                mix(take(s, index), take(t, index), settings.input_mix_prob, draw)
+                mix(take(s, index), take(t, index), settings.input_mix_prob, draw, rows)
                 for s, t in zip(student_inputs, teacher_inputs, strict=True)
             ]
             cosine = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
@@ -233,18 +257,23 @@ def _reconstruct_unit(
             distance = torch.zeros((), device=device)
             for output, target in zip(part(*inputs), targets, strict=True):
                 distance = distance + output_distance(output, take(target, index), channel_axis=channel_axis)
+            distance = distance * share  # the processes' shares add up to the mean over the minibatch
             loss, beta = distance, beta_at(step, settings)
             if beta is not None:
                 for values in logits:
-                    loss = loss + settings.rounding_weight * rounding_regulariser(values, beta)
+                    factor = settings.rounding_weight / group.size
+                    loss = loss + factor * rounding_regulariser(values, beta)
             optimizer.zero_grad()
             loss.backward()
+            group.add([p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None])
             optimizer.step()
             with torch.no_grad():
                 for scale in (*activation_scales, *(m.scale for m in learned.values())):
                     scale.clamp_(min=MIN_SCALE)
             if step % log_every == 0 or step == settings.steps - 1:
-                log(step, {"loss": float(loss.detach()), "reconstruction": float(distance.detach())})
+                shown = [loss.detach().clone(), distance.detach().clone()]
+                group.add(shown)
+                log(step, dict(zip(("loss", "reconstruction"), map(float, shown), strict=True)))
     for scale in activation_scales:
         scale.requires_grad_(False)
         scale.grad = None
