@@ -20,7 +20,7 @@ GROUND = {"errors", "rng", "distributed", "_version", "allocator"}
 MODELS = {"architectures", "bundled", "weight_files", "teacher", "models"}
 SETTINGS = {"recipe", "images.settings", "quant.scheme"}
 DATA = {"data", "data_arrays", "data_files", "data_hub", "pictures"}
-BENCH = {"bench", "bench_file", "bench_plan", "bench_row"}
+BENCH = {"bench", "bench_file", "bench_jobs", "bench_plan", "bench_row", "bench_worker"}
 ALLOWED: dict[str, set[str]] = {
     **{name: GROUND | MODELS for name in MODELS},
     **{name: GROUND | MODELS | DATA for name in DATA},

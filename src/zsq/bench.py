@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from zsq.bench_file import Bench, read_bench
-from zsq.bench_plan import Plan, plan_network
+from zsq.bench_jobs import Task, Worker, do_tasks, tasks_of, worker_commands
+from zsq.bench_plan import Job, Plan, plan_network
 from zsq.bench_row import IMAGES, WORK, Say, fill_row, measure, work_folder
 from zsq.bench_table import MARK, NetworkResults, summarise, to_markdown
 from zsq.errors import JobError, UsageError, ZsqError
@@ -18,7 +19,12 @@ ROWS, FLOAT, TABLE, RESULTS = "rows.jsonl", "float.json", "table.md", "results.j
 
 
 def run_bench(
-    path: str | Path, *, out: str | Path | None = None, write: str | Path | None = None, progress: Say
+    path: str | Path,
+    *,
+    out: str | Path | None = None,
+    write: str | Path | None = None,
+    jobs: int = 1,
+    progress: Say,
 ) -> Path:
     """Fill the table of a benchmark file, row by row; rows that an earlier call finished are not done again.
 
@@ -30,6 +36,8 @@ def run_bench(
         path: the benchmark file.
         out: folder for rows, images and the table; None means runs/bench-NAME.
         write: also write the Markdown table there.
+        jobs: rows at a time, each in a process of its own with its part of the threads and, if the file says
+            device = "cuda", the CUDA devices in turn; 1 does them in this process. The rows are the same.
         progress: called with one line for every step that is worth showing.
 
     Returns:
@@ -63,27 +71,73 @@ def run_bench(
                 write_atomic(file, to_markdown(summary).encode())
 
     tabulate()
-    for plan in plans:
+
+    def title_of(plan: Plan, job: Job) -> str:
+        label, bits, seed = job.cell
+        return f"[{done} of {total}] {plan.network.name}, {label}, {bits}, seed {seed}"
+
+    def finish(plan: Plan, job: Job, title: str, row: dict[str, Any] | ZsqError) -> None:
+        if isinstance(row, ZsqError):
+            plan.failures[job.cell] = str(row)
+            progress(f"{title}: failed: {row}")
+        else:
+            _append(folder / ROWS, row)
+            plan.rows[job.cell] = row
+            shutil.rmtree(work_folder(folder, job, plan), ignore_errors=True)
+            progress(f"{title}: top-1 {row['top1']:.2f} % (float {row['float']['top1']:.2f} %)")
+        tabulate()
+
+    def note_float(plan: Plan, measured: dict[str, Any]) -> None:
+        floats[plan.float_key] = measured
+        write_atomic(folder / FLOAT, (json.dumps(floats, indent=2) + "\n").encode())
+
+    def begun(task: Task) -> None:
+        nonlocal done
+        plan = plans[task.network]
+        if task.job is None:
+            titles[task.name] = f"{plan.network.name}: evaluating the float network"
+        elif task.kind == "images":
+            seed = plan.jobs[task.job].cell[2]
+            titles[task.name] = f"{plan.network.name}: making the images of seed {seed}"
+        else:
+            done += 1
+            titles[task.name] = title_of(plan, plan.jobs[task.job])
+        if task.kind != "row":
+            progress(titles[task.name])
+
+    def ended(task: Task, result: Any) -> None:
+        nonlocal done
+        plan = plans[task.network]
+        if task.kind == "row" and task.job is not None:
+            if task.name not in titles:  # it failed before it began
+                begun(task)
+            finish(plan, plan.jobs[task.job], titles[task.name], result)
+        elif task.kind == "float" and not isinstance(result, ZsqError):
+            note_float(plan, result)
+
+    titles: dict[str, str] = {}
+    if jobs > 1 and done < total:
+        commands = worker_commands(path, folder, bench.device, min(jobs, total - done))
+        workers = [Worker(command, plans, titles, floats, progress) for command in commands]
+        try:
+            do_tasks(tasks_of(plans, floats, bench.device, folder), workers, begun=begun, ended=ended)
+        finally:
+            for worker in workers:
+                worker.end()
+    for plan in plans if jobs == 1 else ():
         pending = [job for job in plan.jobs if job.cell not in plan.rows]
         if pending and plan.float_key not in floats:
             progress(f"{plan.network.name}: evaluating the float network")
-            floats[plan.float_key] = measure(plan.teacher.module, plan, bench.device)
-            write_atomic(folder / FLOAT, (json.dumps(floats, indent=2) + "\n").encode())
+            note_float(plan, measure(plan.teacher.module, plan, bench.device))
         for job in pending:
             done += 1
-            label, bits, seed = job.cell
-            title = f"[{done} of {total}] {plan.network.name}, {label}, {bits}, seed {seed}"
+            title = title_of(plan, job)
+            row: dict[str, Any] | ZsqError
             try:
                 row = fill_row(job, plan, bench.device, folder, floats[plan.float_key], title, progress)
             except ZsqError as error:
-                plan.failures[job.cell] = str(error)
-                progress(f"{title}: failed: {error}")
-            else:
-                _append(folder / ROWS, row)
-                plan.rows[job.cell] = row
-                shutil.rmtree(work_folder(folder, job, plan), ignore_errors=True)
-                progress(f"{title}: top-1 {row['top1']:.2f} % (float {row['float']['top1']:.2f} %)")
-            tabulate()
+                row = error
+            finish(plan, job, title, row)
         plan.given = None
     failed = sum(len(plan.failures) for plan in plans)
     if failed:

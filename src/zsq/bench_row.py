@@ -110,19 +110,38 @@ def _given_images(plan: Plan) -> Tensor:
     return plan.given
 
 
+def image_files(job: Job, plan: Plan, device: str, folder: Path) -> tuple[Path, Path] | None:
+    """Where the row's synthetic images are kept, and what is known of them; None if it needs none.
+
+    The name is a hash of all that the images depend on.
+    """
+    settings = job.settings.synthesis
+    if not isinstance(settings, Synthesis):
+        return None
+    depends = [job.definition["model"], plan.teacher.spec.input_size, asdict(settings), job.cell[2]]
+    key = digest([*depends, torch.device(device).type])
+    return folder / IMAGES / f"{key}.safetensors", folder / IMAGES / f"{key}.json"
+
+
+def make_images(job: Job, plan: Plan, device: str, folder: Path, title: str, say: Say) -> None:
+    """Make the row's synthetic images, unless they are there."""
+    if isinstance(job.settings.synthesis, Synthesis):
+        _synthetic_images(job, job.settings.synthesis, plan, device, folder, title, say)
+
+
 def _synthetic_images(
     job: Job, settings: Synthesis, plan: Plan, device: str, folder: Path, title: str, say: Say
 ) -> tuple[Tensor, float | None]:
     """Images of a network, settings and a seed, made once, then read; and the seconds they took."""
-    kind = torch.device(device).type
     teacher, seed = plan.teacher, job.cell[2]
-    key = digest([job.definition["model"], teacher.spec.input_size, asdict(settings), seed, kind])
-    file, about = folder / IMAGES / f"{key}.safetensors", folder / IMAGES / f"{key}.json"
+    files = image_files(job, plan, device, folder)
+    assert files is not None
+    file, about = files
     try:
         return load_safetensors(file.read_bytes())["images"], json.loads(about.read_text())["seconds"]
     except (OSError, ValueError, KeyError, SafetensorError):
         pass
-    work = folder / WORK / f"images-{digest([key, teacher.name, _versions()])}"
+    work = folder / WORK / f"images-{digest([file.stem, teacher.name, _versions()])}"
     resumed = _status(work) == "running"
     started = time.perf_counter()
     images = synthesize_images(

@@ -236,15 +236,20 @@ def bench(
         typer.Option(metavar="DIR", help="folder for rows and tables; by default runs/bench-NAME"),
     ] = None,
     write: Annotated[Path | None, typer.Option(metavar="FILE", help="also write the table there")] = None,
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="rows at a time, a process each")] = 1,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Compare recipes over networks, bits and seeds. The same command continues an interrupted one."""
     with only_result_on_stdout():
         from zsq.bench import RESULTS, TABLE, run_bench
+        from zsq.distributed import started_by_torchrun
+
+        if started_by_torchrun():
+            raise UsageError("zsq bench spreads its rows by itself: give it --jobs N, without torchrun.")
 
         call.hint = f"Finished rows are kept; the same command goes on from there: {call.line()}"
-        folder = run_bench(file, out=out, write=write, progress=say)
+        folder = run_bench(file, out=out, write=write, jobs=jobs, progress=say)
     print((folder / (RESULTS if as_json else TABLE)).read_text(encoding="utf-8").rstrip("\n"))
 
 
