@@ -16,7 +16,7 @@ ROOT = Path(zsq.__file__).parent
 
 # What each part may import, besides itself. `SETTINGS` are the recipe's dataclasses: plain numbers that every
 # stage takes, below all stages but graph, which has no settings.
-GROUND = {"errors", "rng", "distributed", "_version", "allocator"}
+GROUND = {"errors", "rng", "distributed", "_version", "allocator", "out_of_memory"}
 MODELS = {"architectures", "bundled", "weight_files", "teacher", "models"}
 SETTINGS = {"recipe", "images.settings", "quant.scheme"}
 DATA = {"data", "data_arrays", "data_files", "data_hub", "pictures"}
@@ -40,7 +40,9 @@ ALLOWED: dict[str, set[str]] = {
     "run": GROUND | MODELS | {"images", "student"},
     "export": GROUND | MODELS | SETTINGS | {"graph", "quant", "student", "run"},
     "distributed": {"errors"},
-    **{name: set() for name in GROUND - {"distributed"}},
+    "out_of_memory": {"errors"},
+    "memory": GROUND | {"graph"},
+    **{name: set() for name in GROUND - {"distributed", "out_of_memory"}},
 }
 TOP = {"", "pipeline", *BENCH, "bench_table", "report", "cli", "__main__"}  # may import anything below
 ABOVE_PIPELINE = {*BENCH, "report", "cli", "__main__"}

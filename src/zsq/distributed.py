@@ -31,7 +31,7 @@ Pieces = MutableMapping[str, dict[str, Tensor]]
 
 JOIN_SECONDS = 300  # until all processes have found one another
 BEAT_SECONDS = 1.0  # between signs of life
-SILENCE_SECONDS = 60.0  # without a sign of life a process counts as lost
+SILENCE_SECONDS = 120.0  # without a sign of life a process counts as lost
 # A process may wait for another one's whole batch of images: not this time but the silence ends the wait.
 WAIT = timedelta(days=7)
 AGAIN = "The same command goes on from what was finished, with any number of processes."
@@ -187,7 +187,7 @@ def joined() -> Iterator[Group]:
     """The group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, as torchrun sets them.
 
     Messages go over gloo, those between CUDA tensors over NCCL. While it lasts, SIGTERM (torchrun's, when
-    another process has failed) raises a JobError, and a process that gives no sign of life for a minute ends
+    another process has failed) raises a JobError, and a process without a sign of life for two minutes ends
     the others with exit code 1 and a message to the logger "zsq".
 
     Raises:

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from zsq.distributed import ALONE, Group
 from zsq.graph.blocks import Unit, extract
+from zsq.out_of_memory import in_chunks
 from zsq.recover.losses import energies, signal_to_noise
 
 CHUNK = 64
@@ -52,7 +53,13 @@ def accuracy(
     top5 = torch.zeros_like(top1)
     total, classes = 0, 0
     for images, labels in batches:
-        logits, labels = model(images.to(device)), labels.to(device)
+
+        def forward(rows: slice, x: Tensor = images) -> Tensor:
+            found: Tensor = model(x[rows].to(device))
+            return found
+
+        pieces = [piece for _, piece in in_chunks(forward, len(images), len(images), "evaluation")]
+        logits, labels = torch.cat(pieces), labels.to(device)
         if logits.ndim != 2:
             raise ValueError(f"accuracy needs logits (N, K), the model returns {tuple(logits.shape)}")
         classes = logits.shape[1]
@@ -82,9 +89,8 @@ def agreement(student: nn.Module, teacher: nn.Module, images: Tensor) -> dict[st
         outputs, decibels; "num_images".
     """
     same, positions, signal, noise, classes = 0, 0, 0.0, 0.0, 0
-    for start in range(0, len(images), CHUNK):
-        chunk = images[start : start + CHUNK]
-        a, b = student(chunk), teacher(chunk)
+    both = in_chunks(lambda r: (student(images[r]), teacher(images[r])), len(images), CHUNK, "evaluation")
+    for _, (a, b) in both:
         classes = a.shape[1] if a.ndim > 1 else 1
         if classes > 1:
             same += int((a.argmax(1) == b.argmax(1)).sum())
@@ -114,9 +120,9 @@ def unit_signal_to_noise(
     names = list(dict.fromkeys(name for unit in units for name in unit.outputs))
     parts = [extract(model, [image_name], names) for model in (teacher, student)]
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    for start in range(0, len(images), CHUNK):
-        chunk = images[start : start + CHUNK]
-        for name, wanted, got in zip(names, *(part(chunk) for part in parts), strict=True):
+    found = in_chunks(lambda r: [part(images[r]) for part in parts], len(images), CHUNK, "evaluation")
+    for _, both in found:
+        for name, wanted, got in zip(names, *both, strict=True):
             energy = energies(wanted, got)
             signal[name] += energy[0]
             noise[name] += energy[1]

@@ -6,8 +6,9 @@ import json
 import logging
 import platform
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,13 +23,14 @@ from zsq.budget import with_budget
 from zsq.distributed import ALONE, Group
 from zsq.errors import UsageError
 from zsq.evaluate import agreement, unit_signal_to_noise
-from zsq.graph.blocks import split
+from zsq.graph.blocks import Unit, split
 from zsq.graph.capture import capture
 from zsq.graph.fold import fold_batch_norms
 from zsq.images.forward import observe
 from zsq.images.prior import input_prior
 from zsq.images.settings import Synthesis
 from zsq.images.synthesize import batch_name, batch_sizes, synthesize
+from zsq.memory import cache_bytes, read_bytes
 from zsq.models import ModelSpec, Teacher, load_model
 from zsq.progress import Callback, Progress, silent
 from zsq.quant.attach import attach
@@ -36,6 +38,7 @@ from zsq.quant.scheme import parse_bits
 from zsq.recipe import GaussianNoise, GivenImages, Recipe, describe, with_overrides
 from zsq.recipes import get_recipe
 from zsq.recover.reconstruct import reconstruct, unit_name
+from zsq.recover.storage import MEMORY, Storage
 from zsq.rng import derived_seed, rng_for
 from zsq.run import (
     FORMAT,
@@ -119,6 +122,7 @@ def quantize(
     force: bool = False,
     progress: Callback = silent,
     command: str | None = None,
+    memory: int | str | None = None,
     group: Group = ALONE,
 ) -> Run:
     """Quantize a model without its data.
@@ -140,6 +144,9 @@ def quantize(
         force: replace a finished run in `out`.
         progress: called with every step that is worth showing.
         command: what to note as the command in run.json.
+        memory: bytes, or a text such as "4GiB", that the tensors kept between units may take in each process;
+            if they would take more, they are in files in `out` (else in the folder for temporary files). The
+            result is the same, bit for bit. None: no bound.
         group: processes that all make this call, see `zsq.distributed`; process 0 writes `out`. The images
             are the same bits whatever their number, the rest agrees within the order of floating-point sums.
 
@@ -161,6 +168,7 @@ def quantize(
             "take a recipe that makes its own, such as genie."
         )
     target = _device(device)
+    bound = None if memory is None else read_bytes(memory)
     account = _Account(progress, group)
     with account.timed("capture"):
         graph = captured(teacher, target)
@@ -171,7 +179,8 @@ def quantize(
     if folder is not None:
         state = _open_state(folder, identity, force=force, command=command, group=group)
     given = images if made is None else made
-    run = _run_stages(teacher, graph, settings, given, seed, target, state, account)
+    scratch = folder / STATE if folder is not None and folder.is_dir() else Path(tempfile.gettempdir())
+    run = _run_stages(teacher, graph, settings, given, seed, target, state, account, bound, scratch)
     run.record = {
         "format": FORMAT,
         "status": "done",
@@ -271,6 +280,8 @@ def _run_stages(
     device: torch.device,
     state: State,
     account: _Account,
+    bound: int | None,
+    scratch: Path,
 ) -> Run:
     with account.timed("synthesize"):
         images = _make_images(graph, teacher, settings, given, seed, device, state, account)
@@ -303,6 +314,7 @@ def _run_stages(
             finished=state,
             log=log,
             group=account.group,
+            storage=_storage(original, units, len(images), bound, scratch),
         )
     with account.timed("holdout"):
         holdout = _make_holdout(graph, teacher, settings, seed, state, account)
@@ -326,6 +338,17 @@ def _run_stages(
         },
     }
     return Run(student=student, record=record, images=images.cpu(), spec=teacher.spec)
+
+
+def _storage(
+    graph: fx.GraphModule, units: Sequence[Unit], num_images: int, bound: int | None, scratch: Path
+) -> Storage:
+    """Where tensors between units are kept: in files if they would take more than `bound` bytes."""
+    needed = cache_bytes(graph.graph, units, num_images)
+    if bound is None or needed <= bound:
+        return MEMORY
+    logger.info("%.1f GiB of tensors between units are kept in files in %s.", needed / 2**30, scratch)
+    return Storage(scratch)
 
 
 def _make_images(

@@ -77,6 +77,10 @@ def quantize(
         str | None,
         typer.Option(metavar="PATH", help="labelled images to measure accuracy on, before and after"),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="4GiB: tensors between units that take more are kept in files"),
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -110,6 +114,7 @@ def quantize(
                 force=force,
                 progress=progress,
                 command=call.line(),
+                memory=memory,
                 group=group,
             )
         if dataset is not None:

@@ -17,6 +17,7 @@ from zsq.images.prior import STANDARD, InputPrior
 from zsq.images.settings import Synthesis
 from zsq.images.sources import LatentGenerator
 from zsq.images.views import draw_shifts, swing
+from zsq.out_of_memory import no_room
 from zsq.rng import rng_for
 
 LOGS_A_BATCH = 20
@@ -77,16 +78,22 @@ def synthesize(
     sizes = batch_sizes(settings.num_images, settings.batch_size)
     names = [batch_name(index) for index in range(len(sizes))]
 
+    advice = (  # not halved in silence: a batch's joint statistics are what is optimised
+        f"Lower synthesis.batch_size (now {settings.batch_size}) or take synthesis.precision=bfloat16 (now "
+        f"{settings.precision}); the images are then others."
+    )
+
     def make(index: int) -> dict[str, Tensor]:
-        batch = synthesize_batch(
-            teacher,
-            settings,
-            input_size,
-            sizes[index],
-            rng=rng_for(seed, "synthesis", index),
-            log=partial(_log_batch, log, names[index], settings.steps),
-            prior=prior,
-        )
+        with no_room(advice):
+            batch = synthesize_batch(
+                teacher,
+                settings,
+                input_size,
+                sizes[index],
+                rng=rng_for(seed, "synthesis", index),
+                log=partial(_log_batch, log, names[index], settings.steps),
+                prior=prior,
+            )
         return {"images": batch.images.cpu()}
 
     spread(names, make, finished, group)

@@ -13,8 +13,9 @@ from zsq.distributed import ALONE, Group
 from zsq.errors import JobError
 from zsq.graph.blocks import Unit, extract, last_readers
 from zsq.graph.capture import aten, weight_node
-from zsq.graph.tensors import get_tensor
+from zsq.graph.tensors import device_of, get_tensor
 from zsq.images.forward import freeze_batch_norms
+from zsq.out_of_memory import in_chunks, no_room
 from zsq.quant.affine import MIN_SCALE
 from zsq.quant.attach import Quantizers
 from zsq.quant.calibrate import calibrate
@@ -23,9 +24,11 @@ from zsq.quant.quantizers import ActivationQuantizer, LearnedRounding
 from zsq.quant.rounding import rounding_regulariser
 from zsq.recipe import Calibration, Reconstruction
 from zsq.recover.losses import energies, output_distance, signal_to_noise
+from zsq.recover.storage import MEMORY, Storage
 from zsq.rng import rng_for
 
 CHUNK = 64  # images a forward pass when caching
+RELEASE_EVERY = 16  # steps after which what was read of files leaves memory
 Finished = MutableMapping[str, dict[str, Tensor]]
 Log = Callable[[str, int, int, dict[str, float]], None]
 
@@ -77,6 +80,7 @@ def reconstruct(
     finished: Finished,
     log: Log,
     group: Group = ALONE,
+    storage: Storage = MEMORY,
 ) -> list[UnitResult]:
     """Calibrate and reconstruct all units in order; the student's quantizers are changed in place.
 
@@ -93,6 +97,7 @@ def reconstruct(
         log: called as log(unit name, step, steps, values).
         group: processes that share every minibatch; the draws are those of one process, so that the result
             differs only by the order in which gradients are summed. Every process has all caches.
+        storage: where the tensors between units are kept; the result is the same, bit for bit.
 
     Raises:
         JobError: a unit returns NaN or infinity where the teacher's does not.
@@ -119,13 +124,15 @@ def reconstruct(
         freeze_batch_norms(student_part.graph)
         student_part.recompile()
         teacher_inputs, student_inputs = ([cache[name] for name in unit.inputs] for cache in caches)
-        targets = forward_in_chunks(teacher_part, teacher_inputs)
+        targets = forward_in_chunks(teacher_part, teacher_inputs, storage)
         key = unit_name(index)
         done = finished.get(key)
         owned = {name: q for name, q in _unit_quantizers(student_part, quantizers)}
         if done is None:
-            calibrate(student_part, student_inputs, calibration, settled=settled)
-            outputs = forward_in_chunks(student_part, student_inputs)
+            first = [x[: calibration.num_images].to(images.device) for x in student_inputs]
+            with no_room(f"Lower calibration.num_images (now {calibration.num_images}), or use --memory."):
+                calibrate(student_part, first, calibration, settled=settled)
+            outputs = forward_in_chunks(student_part, student_inputs, storage)
             snr_nearest = _snr(targets, outputs)
             if settings is not None:
                 outputs.clear()  # not held while learning
@@ -140,22 +147,23 @@ def reconstruct(
                     settings=settings,
                     settled=settled,
                     group=group,
+                    storage=storage,
                     rng=rng_for(seed, "reconstruction", index),
                     log=lambda step, values, name=unit.name: log(name, step, settings.steps, values),  # type: ignore[misc]
                 )
                 owned = {name: q for name, q in _unit_quantizers(student_part, quantizers)}
-                outputs = forward_in_chunks(student_part, student_inputs)
+                outputs = forward_in_chunks(student_part, student_inputs, storage)
                 _refuse_nan(unit, targets, outputs)
                 if _snr(targets, outputs) < snr_nearest:
                     owned = nearest
                     for name, quantizer in owned.items():
                         student_part.set_submodule(name, quantizer)
-                    outputs = forward_in_chunks(student_part, student_inputs)
+                    outputs = forward_in_chunks(student_part, student_inputs, storage)
                 _take_from_first(owned, group)
         else:
             snr_nearest = float(done["snr_nearest"])
             _load(owned, done)
-            outputs = forward_in_chunks(student_part, student_inputs)
+            outputs = forward_in_chunks(student_part, student_inputs, storage)
         for name, quantizer in owned.items():
             student.set_submodule(name, quantizer)
         settled.update(owned.values())
@@ -209,6 +217,7 @@ def _reconstruct_unit(
     settings: Reconstruction,
     settled: Collection[nn.Module],
     group: Group,
+    storage: Storage,
     rng: torch.Generator,
     log: Callable[[int, dict[str, float]], None],
 ) -> None:
@@ -235,7 +244,7 @@ def _reconstruct_unit(
     )
     for scale in activation_scales:
         scale.requires_grad_(True)
-    device = targets[0].device
+    device = device_of(part)
     draw = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=rng)))
     batches = minibatches(len(targets[0]), settings.batch_size, rng)
     count = min(settings.batch_size, len(targets[0]))
@@ -244,7 +253,11 @@ def _reconstruct_unit(
     if count >= group.size:
         share = (mine.stop - mine.start) / count
     log_every = max(1, settings.steps // 10)
-    with dropping(part, settings.drop_prob, draw, rows):
+    advice = (
+        "Give --memory to keep tensors between units off the device, or lower reconstruction.batch_size "
+        f"(now {settings.batch_size}), which changes the result."
+    )
+    with dropping(part, settings.drop_prob, draw, rows), no_room(advice):
         for step in range(settings.steps):
             index = next(batches)[mine].to(device)
             inputs = [
@@ -270,6 +283,8 @@ def _reconstruct_unit(
             with torch.no_grad():
                 for scale in (*activation_scales, *(m.scale for m in learned.values())):
                     scale.clamp_(min=MIN_SCALE)
+            if step % RELEASE_EVERY == 0:
+                storage.release()
             if step % log_every == 0 or step == settings.steps - 1:
                 shown = [loss.detach().clone(), distance.detach().clone()]
                 group.add(shown)
@@ -282,21 +297,39 @@ def _reconstruct_unit(
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """`x[index]` along axis 0, in the memory format of `x`; many times faster for channels-last tensors."""
+    """`x[index]` along axis 0 on the device of `index`, in the memory format of `x`.
+
+    Many times faster for channels-last tensors.
+    """
+    where = index.to(x.device)
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
-    return x.index_select(0, index)
+        return x.permute(0, 2, 3, 1).index_select(0, where).to(index.device).permute(0, 3, 1, 2)
+    return x.index_select(0, where).to(index.device)
 
 
 @torch.no_grad()
-def forward_in_chunks(part: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs of a unit for all images, computed a few images at a time."""
-    pieces = [part(*(x[i : i + CHUNK] for x in inputs)) for i in range(0, len(inputs[0]), CHUNK)]
-    return [torch.cat(column) for column in zip(*pieces, strict=True)]
+def forward_in_chunks(part: nn.Module, inputs: Sequence[Tensor], storage: Storage = MEMORY) -> list[Tensor]:
+    """Outputs of a unit for all images, computed a few images at a time and put where `storage` says."""
+    device, count = device_of(part), len(inputs[0])
+    outputs: list[Tensor] = []
+
+    def forward(rows: slice) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = part(*(x[rows].to(device) for x in inputs))
+        return found
+
+    for rows, pieces in in_chunks(forward, count, CHUNK, "caching what units return"):
+        num_images = rows.stop - rows.start
+        if not outputs:
+            outputs = [storage.room(piece, len(piece) // num_images * count) for piece in pieces]
+        for output, piece in zip(outputs, pieces, strict=True):
+            each = len(piece) // num_images  # rows an image
+            output[rows.start * each : rows.stop * each] = piece
+        storage.release()
+    return outputs
 
 
 def _refuse_nan(unit: Unit, targets: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    if any(bool((t.isfinite() & ~o.isfinite()).any()) for t, o in zip(targets, outputs, strict=True)):
+    if any(bool((t.isfinite() & ~o.isfinite()).any()) for t, o in _chunks(targets, outputs)):
         raise JobError(
             f"The quantized model returns NaN or infinity in {unit.name} on its own images. A learning rate "
             "may be too large (--set reconstruction.lr_rounding=..., reconstruction.lr_weight_scale=...)."
@@ -304,8 +337,14 @@ def _refuse_nan(unit: Unit, targets: Sequence[Tensor], outputs: Sequence[Tensor]
 
 
 def _snr(targets: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
-    pairs = [energies(t, o) for t, o in zip(targets, outputs, strict=True)]
+    pairs = [energies(t, o) for t, o in _chunks(targets, outputs)]
     return signal_to_noise(sum(signal for signal, _ in pairs), sum(noise for _, noise in pairs))
+
+
+def _chunks(targets: Sequence[Tensor], outputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of pieces: checks need tensors several times as large as what they look at."""
+    for target, output in zip(targets, outputs, strict=True):
+        yield from zip(target.split(CHUNK), output.split(CHUNK), strict=True)
 
 
 def _channel_axis(teacher: fx.GraphModule, unit: Unit) -> int:
