@@ -133,7 +133,7 @@ def reconstruct(
             with no_room(f"Lower calibration.num_images (now {calibration.num_images}), or use --memory."):
                 calibrate(student_part, first, calibration, settled=settled)
             outputs = forward_in_chunks(student_part, student_inputs, storage)
-            snr_nearest = _snr(targets, outputs)
+            snr_nearest = _snr(targets, outputs, storage)
             if settings is not None:
                 outputs.clear()  # not held while learning
                 nearest = {name: copy.deepcopy(q) for name, q in owned.items()}
@@ -153,8 +153,8 @@ def reconstruct(
                 )
                 owned = {name: q for name, q in _unit_quantizers(student_part, quantizers)}
                 outputs = forward_in_chunks(student_part, student_inputs, storage)
-                _refuse_nan(unit, targets, outputs)
-                if _snr(targets, outputs) < snr_nearest:
+                _refuse_nan(unit, targets, outputs, storage)
+                if _snr(targets, outputs, storage) < snr_nearest:
                     owned = nearest
                     for name, quantizer in owned.items():
                         student_part.set_submodule(name, quantizer)
@@ -167,8 +167,8 @@ def reconstruct(
         for name, quantizer in owned.items():
             student.set_submodule(name, quantizer)
         settled.update(owned.values())
-        _refuse_nan(unit, targets, outputs)
-        result = UnitResult(unit.name, len(unit.layers), snr_nearest, _snr(targets, outputs))
+        _refuse_nan(unit, targets, outputs, storage)
+        result = UnitResult(unit.name, len(unit.layers), snr_nearest, _snr(targets, outputs, storage))
         results.append(result)
         if done is None:
             state = {f"{n}.{k}": v.clone() for n, q in owned.items() for k, v in q.state_dict().items()}
@@ -328,23 +328,27 @@ def forward_in_chunks(part: nn.Module, inputs: Sequence[Tensor], storage: Storag
     return outputs
 
 
-def _refuse_nan(unit: Unit, targets: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    if any(bool((t.isfinite() & ~o.isfinite()).any()) for t, o in _chunks(targets, outputs)):
+def _refuse_nan(unit: Unit, targets: Sequence[Tensor], outputs: Sequence[Tensor], storage: Storage) -> None:
+    if any(bool((t.isfinite() & ~o.isfinite()).any()) for t, o in _chunks(targets, outputs, storage)):
         raise JobError(
             f"The quantized model returns NaN or infinity in {unit.name} on its own images. A learning rate "
             "may be too large (--set reconstruction.lr_rounding=..., reconstruction.lr_weight_scale=...)."
         )
 
 
-def _snr(targets: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
-    pairs = [energies(t, o) for t, o in _chunks(targets, outputs)]
+def _snr(targets: Sequence[Tensor], outputs: Sequence[Tensor], storage: Storage) -> float:
+    pairs = [energies(t, o) for t, o in _chunks(targets, outputs, storage)]
     return signal_to_noise(sum(signal for signal, _ in pairs), sum(noise for _, noise in pairs))
 
 
-def _chunks(targets: Sequence[Tensor], outputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(
+    targets: Sequence[Tensor], outputs: Sequence[Tensor], storage: Storage
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of pieces: checks need tensors several times as large as what they look at."""
     for target, output in zip(targets, outputs, strict=True):
-        yield from zip(target.split(CHUNK), output.split(CHUNK), strict=True)
+        for pair in zip(target.split(CHUNK), output.split(CHUNK), strict=True):
+            yield pair
+            storage.release()
 
 
 def _channel_axis(teacher: fx.GraphModule, unit: Unit) -> int:
