@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": GROUND | MODELS | SETTINGS | {"graph", "quant", "student", "run"},
     "distributed": {"errors"},
     "out_of_memory": {"errors"},
-    "memory": GROUND | {"graph"},
+    "memory": GROUND | {"graph", "images"},
     **{name: set() for name in GROUND - {"distributed", "out_of_memory"}},
 }
 TOP = {"", "pipeline", *BENCH, "bench_table", "report", "cli", "__main__"}  # may import anything below

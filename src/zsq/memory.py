@@ -1,5 +1,6 @@
 """How much memory a run takes, from the shapes in the graph alone."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from torch import Tensor, fx
 from zsq.errors import UsageError
 from zsq.graph.blocks import Unit, last_readers
 from zsq.graph.capture import activations, weight_node
+from zsq.images.sources import WIDTHS
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -32,7 +34,8 @@ class Memory:
     Attributes:
         weights: teacher and student.
         images: all of them.
-        synthesis: all tensors of the teacher for a batch, forward and backward; without the generator.
+        synthesis: a batch's tensors in the teacher and the generator, in float32, and the generator's
+            parameters with gradients and Adam's two moments.
         caches: what is kept of the tensors between units, where it is most.
         step: one step of reconstruction, one pass over a chunk or the calibration, whichever takes most.
     """
@@ -72,6 +75,7 @@ def estimate(
     *,
     num_images: int,
     synthesis_batch: int,
+    latent_size: int,
     batch_size: int,
     chunk: int,
 ) -> Memory:
@@ -82,6 +86,7 @@ def estimate(
         units: of it.
         num_images: made and calibrated on.
         synthesis_batch: images optimised together.
+        latent_size: of the generator.
         batch_size: images a step of reconstruction.
         chunk: images a pass without gradients, over units.
     """
@@ -106,10 +111,21 @@ def estimate(
     return Memory(
         weights=2 * weights,
         images=num_images * _bytes_an_image(placeholder),
-        synthesis=synthesis_batch * (sum(sizes.values()) + 2 * max(sizes.values())),
+        synthesis=synthesis_batch * (sum(sizes.values()) + 2 * max(sizes.values()))
+        + _generator_bytes(placeholder, latent_size, synthesis_batch),
         caches=cache_bytes(graph_module.graph, units, num_images),
         step=step,
     )
+
+
+def _generator_bytes(placeholder: fx.Node, latent_size: int, num_images: int) -> int:
+    """Parameters four times (gradients, Adam) and the tensors of a pass, see `LatentGenerator`."""
+    channels, height, width = map(int, placeholder.meta["val"].shape[1:])
+    pixels = math.ceil(height / 4) * math.ceil(width / 4)
+    wide, narrow = (count * pixels for count in WIDTHS)
+    first = 3 * wide  # the linear layer, its channels-last copy, normalised
+    second, third = 5 * 4 * narrow, 4 * 16 * channels * pixels  # 2 x 2 and 4 x 4 times as many pixels
+    return 4 * (4 * wide * (latent_size + 1) + num_images * (first + second + third))
 
 
 def _bytes_an_image(node: fx.Node) -> int:
