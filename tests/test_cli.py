@@ -401,8 +401,8 @@ def test_bench_prints_the_table(
 ) -> None:
     import zsq.bench
 
-    def run_bench(path: Path, *, out: Path | None, write: Path | None, progress: Any) -> Path:
-        assert (path.name, out, write) == ("file.toml", tmp_path, None)
+    def run_bench(path: Path, *, out: Path | None, write: Path | None, jobs: int, progress: Any) -> Path:
+        assert (path.name, out, write, jobs) == ("file.toml", tmp_path, None, 1)
         progress("row 1")
         (tmp_path / "table.md").write_text("| table |\n")
         (tmp_path / "results.json").write_text('{"name": "file"}\n')

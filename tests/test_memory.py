@@ -236,3 +236,13 @@ def test_synthesis_and_reconstruction_say_what_to_lower(monkeypatch: pytest.Monk
         patch.setattr("zsq.recover.reconstruct.calibrate", out_of_memory)
         with pytest.raises(JobError, match="calibration.num_images"):
             zsq.quantize(model, overrides=TINY)
+
+
+def test_the_option(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import zsq.cli
+
+    arguments = ["quantize", "digits", "--recipe", "noise-nearest", "--memory", "much"]
+    with pytest.raises(SystemExit) as caught:
+        zsq.cli.main([*arguments, "--out", str(tmp_path / "run")])
+    assert caught.value.code == 2 and not (tmp_path / "run").exists()
+    assert "Error: --memory takes a size such as 4GiB or 500MB; got 'much'." in capsys.readouterr().err
