@@ -309,7 +309,7 @@ class _Watch:
 def _terminated_is_an_error(watch: _Watch) -> Iterator[None]:
     def terminated(*_: Any) -> None:
         told = "The job was told to end (SIGTERM): another process was lost, or someone stopped it."
-        raise JobError(f"{watch.failure() or told} {AGAIN}")
+        raise JobError(f"{watch.reason() or told} {AGAIN}")
 
     if threading.current_thread() is not threading.main_thread():
         yield
