@@ -1,9 +1,9 @@
-# make demo | test | lint | bench-*: each sets up .venv first if it is missing or out of date.
+# make demo | test | lint | bench-speed | bench-*: each sets up .venv first if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean bench-speed
 
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
@@ -15,6 +15,10 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Time, memory and work beside the published algorithm; more networks: see the head of benchmarks/speed.py.
+bench-speed: .venv/.dev
+	$(BIN)/python benchmarks/speed.py digits
 
 # make bench-NAME runs benchmarks/NAME.toml; finished rows are kept, so a stopped one goes on.
 bench-%: .venv/.dev

@@ -1,0 +1,107 @@
+"""How much a step computes and moves, and how much the machine can: for benchmarks/speed.py."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+GEMM_SIZE, COPY_FLOATS = 2048, 2**25
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step does.
+
+    Attributes:
+        macs: multiplications with addition of convolutions and matrix products, all passes.
+        moved: bytes of the tensors that operations read and write, each as often as it is read or written.
+    """
+
+    macs: float
+    moved: float
+
+
+class WorkCounter(TorchDispatchMode):
+    """Counts the operations that run inside it, forward and backward; views count nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs, self.moved = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        outputs = _tensors(result)
+        inputs = _tensors((args, kwargs))
+        self.macs += _macs(func, args, outputs)
+        if func.is_view or not outputs:
+            return result
+        written = {t.data_ptr() for t in inputs}
+        fresh = [t for t in outputs if t.data_ptr() not in written]
+        self.moved += sum(t.numel() * t.element_size() for t in (*inputs, *(fresh or outputs)))
+        return result
+
+
+def count_work(program: Callable[[], Any]) -> Work:
+    """Run a program and count what it does."""
+    with WorkCounter() as counter:
+        program()
+    return Work(macs=counter.macs, moved=counter.moved)
+
+
+def peak_gemm(dtype: torch.dtype, device: torch.device) -> float:
+    """Multiplications with addition a second of a product of two square matrices, the best of several."""
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype) for _ in range(2))
+    return GEMM_SIZE**3 / _fastest(lambda: a @ b, device)
+
+
+def peak_copy(device: torch.device) -> float:
+    """Bytes a second that a copy of a large float32 tensor reads and writes, the best of several."""
+    source = torch.randn(COPY_FLOATS, device=device)
+    target = torch.empty_like(source)
+    return 2 * 4 * COPY_FLOATS / _fastest(lambda: target.copy_(source), device)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median(values: list[float]) -> float:
+    """The median; NaN of nothing."""
+    return statistics.median(values) if values else math.nan
+
+
+def _fastest(program: Callable[[], Any], device: torch.device, times: int = 6) -> float:
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        program()
+        synchronise(device)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _macs(func: Any, args: Any, outputs: list[Tensor]) -> int:
+    if func is aten.convolution.default:  # input, weight, ..., transposed
+        image = args[0] if args[6] else outputs[0]
+        return image[:, 0].numel() * args[1].numel()
+    if func is aten.convolution_backward.default:  # grad, input, weight, ..., output_mask
+        image = args[1] if args[7] else args[0]
+        return int(image[:, 0].numel() * args[2].numel() * sum(args[10][:2]))
+    if func in (aten.mm.default, aten.addmm.default, aten.bmm.default):
+        left, right = args[-2:]
+        return int(left.numel() * right.shape[-1])
+    return 0
