@@ -1,6 +1,7 @@
 """BatchNorm in the graph: which layer each one can be folded into, and folding it."""
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,8 @@ def batch_norm_pairs(graph: fx.Graph) -> list[BatchNormPair]:
     for norm in graph.nodes:
         if norm.op == "call_function" and norm.target is BATCH_NORM:
             before = norm.args[0]
-            foldable = isinstance(before, fx.Node) and _foldable(before, norm)
-            pairs.append(BatchNormPair(norm.name, before.name if foldable else None))
+            fits = isinstance(before, fx.Node) and foldable(before, norm)
+            pairs.append(BatchNormPair(norm.name, before.name if fits else None))
     return pairs
 
 
@@ -53,16 +54,22 @@ def fold_batch_norms(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, list
     by_name = {node.name: node for node in folded.graph.nodes}
     for pair in pairs:
         if pair.layer is not None:
-            _fold(folded, by_name[pair.layer], by_name[pair.batch_norm])
+            fold_into(folded, by_name[pair.layer], by_name[pair.batch_norm])
     folded.graph.eliminate_dead_code()
     folded.delete_all_unused_submodules()
     folded.recompile()
     return folded, pairs
 
 
-def _foldable(layer: fx.Node, norm: fx.Node) -> bool:
-    """Whether `norm` scales the output channels of `layer` by constants and is its only reader."""
-    if weight_node(layer) is None or len(layer.users) != 1:
+def foldable(layer: fx.Node, norm: fx.Node, *, besides: Collection[fx.Node] = ()) -> bool:
+    """Whether `norm` scales the output channels of `layer` by constants and is its only reader.
+
+    Args:
+        layer: what `norm` normalises.
+        norm: a BatchNorm node.
+        besides: other readers that do not count.
+    """
+    if weight_node(layer) is None or set(layer.users) - set(besides) != {norm}:
         return False
     if layer.target is aten.linear.default and layer.meta["val"].ndim != 2:
         return False  # BatchNorm counts channels on axis 1, the layer on the last one
@@ -77,7 +84,13 @@ def _is_stored(argument: Any) -> bool:
     return isinstance(argument, fx.Node) and argument.op == "get_attr"
 
 
-def _fold(module: fx.GraphModule, layer: fx.Node, norm: fx.Node) -> None:
+def fold_into(module: fx.GraphModule, layer: fx.Node, norm: fx.Node) -> None:
+    """Put a BatchNorm into the weight and bias of a layer that it is `foldable` into, and remove its node.
+
+    Args:
+        module: a copy of a captured network, changed in place; its tensors are replaced, not overwritten.
+        layer, norm: nodes of its graph; readers of `norm` read `layer` afterwards.
+    """
     weight = weight_node(layer)
     assert weight is not None
     gamma, beta, mean, var = (_tensor(module, argument) for argument in norm.args[1:5])

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 
 from zsq.errors import UsageError
+from zsq.graph.fold import BATCH_NORM, fold_into, foldable
 from zsq.graph.tensors import get_tensor
 
 aten = torch.ops.aten
@@ -23,6 +24,12 @@ BATCH_NORMS: dict[Any, tuple[int, int, int, int | None, int]] = {
 }
 
 
+# Name, running_mean, running_var, eps and, if the layer is folded, scale; see NormInput.
+_Layer = tuple[str, Tensor, Tensor, float, Tensor | None]
+# Of a folded BatchNorm, |shift| in deviations of its output; beyond it bfloat16 rounds the deviation away.
+LARGEST_SHIFT = 16.0
+
+
 @dataclass(frozen=True)
 class NormInput:
     """What one BatchNorm receives, beside what it stored in training.
@@ -33,6 +40,8 @@ class NormInput:
         mean: its running_mean, (C,), activation units.
         var: its running_var, (C,), activation units squared; a variance, accumulated from unbiased ones.
         eps: what it adds to `var`.
+        scale: None, or (C,): the layer was folded into the one before it. Then `features` are what it
+            returns, `scale` times what it receives but for a constant, and `mean` and `var` belong to that.
     """
 
     name: str
@@ -40,6 +49,7 @@ class NormInput:
     mean: Tensor
     var: Tensor
     eps: float
+    scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,18 +70,16 @@ class ForwardPass:
 class Observer:
     """The teacher as a function images -> ForwardPass; made by `observe`, shares the teacher's tensors."""
 
-    def __init__(
-        self, graph_module: fx.GraphModule, layers: Sequence[tuple[str, Tensor, Tensor, float]]
-    ) -> None:
+    def __init__(self, graph_module: fx.GraphModule, layers: Sequence[_Layer]) -> None:
         self._graph_module = graph_module
-        self._layers = tuple(layers)  # (name, running_mean, running_var, eps)
+        self._layers = tuple(layers)
 
     def __call__(self, images: Tensor, *extra: object) -> ForwardPass:
         """Run the teacher on images (N, C, H, W); `extra` goes to the further placeholders of a view."""
         features, logits = self._graph_module(images, *extra)
         norms = tuple(
-            NormInput(name, x, mean, var, eps)
-            for x, (name, mean, var, eps) in zip(features, self._layers, strict=True)
+            NormInput(name, x, mean, var, eps, scale)
+            for x, (name, mean, var, eps, scale) in zip(features, self._layers, strict=True)
         )
         return ForwardPass(images=images, norms=norms, logits=logits)
 
@@ -81,15 +89,21 @@ def batch_norms(graph: fx.Graph) -> tuple[fx.Node, ...]:
     return tuple(node for node in graph.nodes if node.op == "call_function" and _has_statistics(node))
 
 
-def observe(graph_module: fx.GraphModule, *, logits: bool = False) -> Observer:
+def observe(graph_module: fx.GraphModule, *, logits: bool = False, fold: bool = False) -> Observer:
     """A copy of the captured network that returns what its BatchNorm layers receive.
 
     What no loss looks at is not computed: without `logits` the copy ends before the last BatchNorm. Gradients
     flow to the images only.
 
+    With `fold`, a BatchNorm that directly follows a convolution or linear layer, and alone, is folded into
+    it, and its `NormInput` tells of its output: a BatchNorm with stored statistics maps each channel by
+    y = scale x + shift, so the statistics of y determine those of x, and no pass over x is needed. Layers
+    with a channel whose scale is 0, or so small beside its shift that x could not be told from y, stay.
+
     Args:
         graph_module: from `capture`, or a view of it (`swing`); left as it is.
         logits: whether `ForwardPass.logits` is wanted; the first output of the network.
+        fold: as above; losses then are the same up to rounding.
 
     Raises:
         UsageError: the network has no BatchNorm with stored statistics.
@@ -105,13 +119,22 @@ def observe(graph_module: fx.GraphModule, *, logits: bool = False) -> Observer:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(graph_module.graph, copies)
-    features = tuple(copies[_node(node, 0)] for node in norms)
     first: Any = result[0] if isinstance(result, (tuple, list)) else result
-    freeze_batch_norms(graph)
-    graph.output((features, first if logits else None))
+    features = tuple(copies[_node(node, 0)] for node in norms)
+    returned = graph.output((features, first if logits else None))
     graph.eliminate_dead_code()
-    graph.lint()
-    return Observer(fx.GraphModule(graph_module, graph, "Observed"), [_layer(graph_module, n) for n in norms])
+    module = fx.GraphModule(graph_module, graph, "Observed")
+    layers = [_layer(graph_module, node) for node in norms]
+    if fold:
+        alive = set(module.graph.nodes)
+        for position, norm in enumerate(copies[node] for node in norms):
+            if norm in alive and norm.target is BATCH_NORM:
+                layers[position] = _fold(module, norm, returned, layers[position])
+    freeze_batch_norms(module.graph)
+    freeze_convolutions(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return Observer(module, layers)
 
 
 def freeze_batch_norms(graph: fx.Graph) -> None:
@@ -137,6 +160,63 @@ def frozen_batch_norm(
     """
     y: Tensor = _FrozenBatchNorm.apply(x, weight, bias, mean, var, eps)
     return y
+
+
+def freeze_convolutions(graph: fx.Graph) -> None:
+    """Put `frozen_depthwise` in the place of every strided 2-d convolution with groups."""
+    for node in graph.nodes:
+        if node.target is aten.conv2d.default and len(node.args) > 6:
+            stride, padding, dilation, groups = node.args[3:7]
+            if groups != 1 and any(s != 1 for s in stride):
+                node.target = frozen_depthwise
+
+
+def frozen_depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`torch.conv2d`, differentiable in `x` only.
+
+    On a CPU its gradient is computed in float32 for bfloat16 features, where each group is one channel: the
+    bfloat16 kernel of strided depthwise convolutions takes twenty times as long.
+    """
+    y: Tensor = _FrozenDepthwise.apply(x, weight, bias, stride, padding, dilation, groups)
+    return y
+
+
+class _FrozenDepthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = geometry
+        return torch.conv2d(x, weight, bias, *geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        slow = grad.device.type == "cpu" and weight.shape[1] == 1
+        dtype = torch.promote_types(grad.dtype, torch.float32) if slow else grad.dtype
+        grad_x = aten.convolution_backward(
+            grad.to(dtype),
+            x.to(dtype),
+            weight.to(dtype),
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            [True, False, False],
+        )[0]
+        return grad_x.to(x.dtype), None, None, None, None, None, None
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
@@ -173,11 +253,29 @@ def _has_statistics(node: fx.Node) -> bool:
     return stored and (training is None or node.args[training] is False)
 
 
-def _layer(graph_module: fx.GraphModule, node: fx.Node) -> tuple[str, Tensor, Tensor, float]:
+def _layer(graph_module: fx.GraphModule, node: fx.Node) -> _Layer:
     _, mean, var, _, eps = BATCH_NORMS[node.target]
     mean_name, var_name = str(_node(node, mean).target), str(_node(node, var).target)
     epsilon = node.args[eps]
     if not isinstance(epsilon, (int, float)):
         raise ValueError(f"eps of {node.name} is not a number: {epsilon}")
     name = mean_name.rpartition(".")[0] or node.name
-    return name, get_tensor(graph_module, mean_name), get_tensor(graph_module, var_name), float(epsilon)
+    return name, get_tensor(graph_module, mean_name), get_tensor(graph_module, var_name), float(epsilon), None
+
+
+def _fold(module: fx.GraphModule, norm: fx.Node, returned: fx.Node, layer: _Layer) -> _Layer:
+    """Fold a BatchNorm of the observer's graph if that is exact; what it is compared with afterwards."""
+    before = _node(norm, 0)
+    name, mean, var, eps, _ = layer
+    gamma, beta = (
+        get_tensor(module, str(a.target)).detach() if isinstance(a, fx.Node) else None for a in norm.args[1:3]
+    )
+    gamma = torch.ones_like(var) if gamma is None else gamma
+    beta = torch.zeros_like(mean) if beta is None else beta
+    if not foldable(before, norm, besides=(returned,)):
+        return layer
+    if bool((gamma.abs() * LARGEST_SHIFT < beta.abs()).any() or (gamma == 0).any()):
+        return layer
+    scale = gamma * torch.rsqrt(var + eps)
+    fold_into(module, before, norm)
+    return name, beta, var * scale.square(), eps, scale

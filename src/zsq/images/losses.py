@@ -69,17 +69,21 @@ def _mean_and_biased_variance(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def bn_statistics_distance(features: Tensor, mean: Tensor, var: Tensor, *, eps: float = 1e-6) -> Tensor:
+def bn_statistics_distance(
+    features: Tensor, mean: Tensor, var: Tensor, *, eps: float = 1e-6, scale: Tensor | None = None
+) -> Tensor:
     """Squared distance between a batch's channel statistics and those a BatchNorm stored.
 
     Average over channels c of (mu_c - mean_c)^2 + (sigma_c - sqrt(var_c + eps))^2; mu and sigma are the mean
-    and the square root of the unbiased variance over images and positions.
+    and the square root of the unbiased variance over images and positions. With `scale`, all of them are
+    divided by it first (the variance by its square).
 
     Args:
         features: what the BatchNorm receives, (N, C, ...), activation units.
         mean: its running_mean, (C,), activation units.
         var: its running_var, (C,), activation units squared; a variance, not a deviation.
         eps: added to `var` only, not to the batch's.
+        scale: (C,), not 0, either sign: units of the three above, see `NormInput`. None is 1.
 
     Returns:
         Scalar >= 0, activation units squared, float32 also for bfloat16 features.
@@ -96,7 +100,10 @@ def bn_statistics_distance(features: Tensor, mean: Tensor, var: Tensor, *, eps: 
             f"mean and var must be ({channels},), got {tuple(mean.shape)} and {tuple(var.shape)}"
         )
     batch_mean, batch_std = channel_statistics(features)
-    return ((batch_mean - mean).square() + (batch_std - (var + eps).sqrt()).square()).mean()
+    if scale is None:
+        return ((batch_mean - mean).square() + (batch_std - (var + eps).sqrt()).square()).mean()
+    std = (var / scale.square() + eps).sqrt()
+    return (((batch_mean - mean) / scale).square() + (batch_std / scale.abs() - std).square()).mean()
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,10 @@ class BatchNormStatistics:
     eps: float = 1e-6
 
     def __call__(self, forward: ForwardPass) -> Tensor:
-        distances = [bn_statistics_distance(n.features, n.mean, n.var, eps=self.eps) for n in forward.norms]
+        distances = [
+            bn_statistics_distance(n.features, n.mean, n.var, eps=self.eps, scale=n.scale)
+            for n in forward.norms
+        ]
         return torch.stack(distances).sum()
 
 

@@ -133,7 +133,7 @@ def synthesize_batch(
     """
     device = device_of(teacher)
     view, num_swinging = swing(teacher)
-    observer = observe(view)
+    observer = observe(view, fold=True)
     prior = prior or STANDARD
     bn_statistics, input_statistics = BatchNormStatistics(), InputStatistics(prior)
     latents = torch.randn(num_images, settings.latent_size, generator=rng).to(device).requires_grad_()
