@@ -12,6 +12,7 @@ Both loops are generators that yield the losses of a step, so that two programs 
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,7 @@ def synthesis(
     for name, module in list(teacher.named_modules()):
         if settings.swing and isinstance(module, nn.Conv2d) and any(s != 1 for s in module.stride):
             teacher.set_submodule(name, SwingConv(module, rng))
-    seen: list[tuple[nn.Module, Tensor]] = []
+    seen: list[tuple[Any, Tensor]] = []
     for module in teacher.modules():
         if isinstance(module, NORMS):
             module.register_forward_pre_hook(lambda layer, inputs: seen.append((layer, inputs[0])))

@@ -3,6 +3,8 @@
     python benchmarks/speed.py digits
     python benchmarks/speed.py nets.py:factory --weights w.safetensors --input-size 3,32,32 --num-images 128
 
+Variables of the environment are expanded in MODEL and --weights, so a command in single quotes can name them.
+
 Both programs run in one process under the same settings of it and pause for each other every few steps, so
 that whatever else the machine does meets both. What zsq is compared with is in published.py.
 """
@@ -10,8 +12,9 @@ that whatever else the machine does meets both. What zsq is compared with is in 
 import argparse
 import json
 import math
-import platform
+import os
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,7 +24,7 @@ from typing import Any
 
 import torch
 from work import median, peak_copy, peak_gemm
-from yardstick import SIDES, Clocked, Yardstick
+from yardstick import SIDES, Clocked, Precision, Yardstick
 
 from zsq.allocator import keep_freed_memory
 
@@ -37,7 +40,7 @@ def peak_memory(arguments: Sequence[str], side: str, stage: str, precision: str)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure_alone(yardstick: Yardstick, side: str, stage: str, precision: str) -> float:
+def measure_alone(yardstick: Yardstick, side: str, stage: str, precision: Precision) -> float:
     """MiB that two steps of a stage add to this process."""
     device = yardstick.device
     if device.type == "cuda":
@@ -106,6 +109,18 @@ def tables(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def section(report: dict[str, Any]) -> str:
+    """The tables under a heading, with what they were measured with."""
+    steps, kept = report["steps"], report["kept_freed_memory"]
+    facts = (
+        f"{report['images']} images, {steps['synthesis']} steps a batch of {report['batch_size']}, "
+        f"{steps['reconstruction']} steps a unit, {report['bits']}, {report['device']}, "
+        f"{report['threads']} thread{'' if report['threads'] == 1 else 's'}, torch {report['torch']}, "
+        f"freed memory {'kept' if kept else 'returned'}."
+    )
+    return f"## {report['network']}\n\n`{report['command']}`\n\n{facts}\n\n{tables(report)}"
+
+
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
     """Everything that the tables show."""
     yardstick = Yardstick(options)
@@ -123,13 +138,16 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
             entry[side]["mib"] = peak_memory(arguments, *which) if not options.no_memory else math.nan
     used = {"float32", *precisions}
     return {
-        "command": " ".join(["python benchmarks/speed.py", *arguments]),
-        "network": yardstick.teacher.name,
+        "command": shlex.join(["python", "benchmarks/speed.py", *arguments]),
+        "network": yardstick.teacher.name.rpartition("/")[2].rpartition(":")[2],
         "images": options.num_images,
+        "batch_size": options.batch_size,
         "steps": {"synthesis": yardstick.images.steps, "reconstruction": yardstick.learning.steps},
+        "bits": options.bits,
+        "device": str(yardstick.device),
         "threads": torch.get_num_threads(),
         "kept_freed_memory": not options.plain_allocator,
-        "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
+        "torch": torch.__version__,
         "rows": rows,
         "peaks": {
             "gemm": {name: peak_gemm(getattr(torch, name), yardstick.device) for name in sorted(used)},
@@ -142,7 +160,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", nargs="?", default="digits", help="as for `zsq quantize`")
-    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--weights", help="a file")
     parser.add_argument("--input-size", help="C,H,W; H and W multiples of 4")
     parser.add_argument("--mean", help="one number a channel")
     parser.add_argument("--std", help="one number a channel")
@@ -158,8 +176,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--plain-allocator", action="store_true", help="do not keep freed memory")
     parser.add_argument("--no-memory", action="store_true", help="do not start processes to measure memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--append", type=Path, metavar="FILE", help="add the tables to a Markdown file")
     parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.model, options.weights = (v and os.path.expandvars(v) for v in (options.model, options.weights))
+    return options
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -173,7 +194,10 @@ def main(arguments: Sequence[str]) -> None:
         print(measure_alone(Yardstick(options), *options.alone))
         return
     report = measure(options, arguments)
-    print(f"`{report['command']}`\n\n{tables(report)}")
+    print(section(report))
+    if options.append:
+        with options.append.open("a", encoding="utf-8") as file:
+            file.write(f"\n{section(report)}\n")
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

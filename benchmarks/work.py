@@ -97,7 +97,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 def _macs(func: Any, args: Any, outputs: list[Tensor]) -> int:
     if func is aten.convolution.default:  # input, weight, ..., transposed
         image = args[0] if args[6] else outputs[0]
-        return image[:, 0].numel() * args[1].numel()
+        return int(image[:, 0].numel() * args[1].numel())
     if func is aten.convolution_backward.default:  # grad, input, weight, ..., output_mask
         image = args[1] if args[7] else args[0]
         return int(image[:, 0].numel() * args[2].numel() * sum(args[10][:2]))

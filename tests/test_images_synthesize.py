@@ -15,7 +15,16 @@ from zsq.images.forward import observe
 from zsq.images.losses import BatchNormStatistics, InputStatistics
 from zsq.images.settings import Synthesis
 from zsq.images.sources import LatentGenerator
-from zsq.images.synthesize import Batch, Plateau, batch_sizes, schedule, synthesize, synthesize_batch
+from zsq.images.synthesize import (
+    WINDOW,
+    Batch,
+    Convergence,
+    Plateau,
+    batch_sizes,
+    schedule,
+    synthesize,
+    synthesize_batch,
+)
 
 SHORT = Synthesis(num_images=8, batch_size=8, steps=3, latent_size=16)
 
@@ -207,10 +216,65 @@ def test_teacher_that_still_wants_gradients() -> None:
 def test_errors_of_the_user(residual: fx.GraphModule) -> None:
     with pytest.raises(UsageError, match="no BatchNorm"):
         one_batch(capture(NoBatchNorm().eval(), SIZE), SHORT)
-    for name, value in (("num_images", 1), ("batch_size", 1), ("steps", 0), ("plateau_factor", 1.0)):
+    for name, value in (
+        ("num_images", 1),
+        ("batch_size", 1),
+        ("steps", 0),
+        ("plateau_factor", 1.0),
+        ("converged", 1.0),
+    ):
         with pytest.raises(UsageError, match=f"synthesis.{name}"):
             Synthesis(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="float32 or bfloat16"):
         Synthesis(precision="int8")  # type: ignore[arg-type]
     with pytest.raises(JobError, match="diverged"), warnings.catch_warnings():
         one_batch(residual, replace(SHORT, lr_latent=float("inf")))
+
+
+def test_ends_early_when_converged(residual: fx.GraphModule) -> None:
+    settings = replace(SHORT, steps=400, converged=0.9)
+    batch, logged = one_batch(residual, settings)
+    last = logged[-1][0]
+    assert 99 <= last < 399 and (last + 1) % WINDOW == 0
+    _, same = one_batch(residual, replace(settings, steps=last + 1, converged=0.0))
+    assert same[-1][1] == pytest.approx(logged[-1][1])
+    _, whole = one_batch(residual, replace(SHORT, steps=120))
+    assert whole[-1][0] == 119
+
+
+def test_convergence_compares_windows() -> None:
+    falling, level = Convergence(0.1), Convergence(0.1)
+    assert not any(falling.reached(step, torch.tensor(0.99**step)) for step in range(4 * WINDOW))
+    reached = [step for step in range(4 * WINDOW) if level.reached(step, torch.tensor(1.0))]
+    assert reached[0] == 2 * WINDOW - 1
+    nan = Convergence(0.1)
+    assert not any(nan.reached(step, torch.tensor(torch.nan)) for step in range(2 * WINDOW))
+
+
+def test_later_batches_start_from_the_first_generator(residual: fx.GraphModule) -> None:
+    settings = replace(SHORT, num_images=24, steps=60, reuse_steps=5)
+    steps: dict[str, list[int]] = {}
+    losses: dict[str, float] = {}
+
+    def run(settings: Synthesis, finished: dict[str, dict[str, Tensor]]) -> Tensor:
+        def log(name: str, step: int, total: int, values: dict[str, float]) -> None:
+            steps.setdefault(name, []).append(total)
+            losses.setdefault(name, values["bn"])
+
+        return synthesize(residual, settings, SIZE, seed=0, finished=finished, log=log)
+
+    finished: dict[str, dict[str, Tensor]] = {}
+    images = run(settings, finished)
+    assert {name: set(totals) for name, totals in steps.items()} == {
+        "synthesis-000": {60},
+        "synthesis-001": {5},
+        "synthesis-002": {5},
+    }
+    assert losses["synthesis-001"] < losses["synthesis-000"] / 2  # before the first step
+    first_and_last = {name: finished[name] for name in ("synthesis-000", "synthesis-002")}
+    assert torch.equal(run(settings, first_and_last), images)  # in any order after the first
+    assert not torch.equal(images[8:16], images[16:])
+    plain: dict[str, dict[str, Tensor]] = {}
+    run(replace(settings, reuse_steps=0), plain)
+    assert all(list(batch) == ["images"] for batch in plain.values())
+    assert torch.equal(plain["synthesis-000"]["images"], images[:8])

@@ -33,12 +33,19 @@ def tiny(tmp_path: Path) -> str:
     return f"{tmp_path}/nets.py:tiny"
 
 
-def test_prints_tables(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_tables(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import speed
+    import work
 
+    monkeypatch.setattr(work, "GEMM_SIZE", 32)
+    monkeypatch.setattr(work, "COPY_FLOATS", 1000)
     torch.manual_seed(0)
-    speed.main([tiny, *COUNTS, "--steps", "25", "--json", str(tmp_path / "out.json")])
+    files = tmp_path / "out.json", tmp_path / "out.md"
+    speed.main([tiny, *COUNTS, "--steps", "8", "--json", str(files[0]), "--append", str(files[1])])
     printed = capsys.readouterr().out
+    assert files[1].read_text() == f"\n{printed}" and printed.startswith("## tiny\n")
     rows = [line for line in printed.splitlines() if line.startswith("| synthesis | ")]
     assert len(rows) == 2 + 4  # two precisions; each with both programs
     assert "| reconstruction | float32 |" in printed and "GMAC/s" in printed

@@ -1,8 +1,8 @@
 """Synthesise images: train latents and a generator until the teacher's statistics are met, batch by batch."""
 
 import math
-from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,6 +21,8 @@ from zsq.out_of_memory import no_room
 from zsq.rng import rng_for
 
 LOGS_A_BATCH = 20
+WINDOW = 50  # steps over which the loss is averaged to see whether it still falls
+GENERATOR = "generator."  # before the names of a kept generator's parameters
 SMALLEST_BATCH = 8  # statistics of fewer images are too noisy to match
 PLATEAU_THRESHOLD = 1e-4  # relative fall of the loss that counts as progress
 
@@ -57,12 +59,16 @@ def synthesize(
 ) -> Tensor:
     """Images in batches that know nothing of one another; each has its own stream of `seed`.
 
+    With `settings.reuse_steps` all batches start from the generator of the first one; they still know nothing
+    of each other and can be made in any order after it.
+
     Args:
         teacher: captured network with its BatchNorm layers, on the device to compute on; untouched.
         settings: how many, and how.
         input_size: (C, H, W) of the teacher's images.
         seed: batch k draws from the stream ("synthesis", k) of it, so batches can be made in any order.
         finished: {"images": ...} of finished batches by name; those found there are taken over, others added.
+            With `reuse_steps`, the first one's also has the parameters of its generator.
         log: called as log(batch name, step, steps, values) a few times a batch.
         prior: mean and deviation that the images start from and are held to; None for 0 and 1.
         group: processes that make a batch each at a time; all get all images, the same bits whatever their
@@ -84,18 +90,24 @@ def synthesize(
     )
 
     def make(index: int) -> dict[str, Tensor]:
+        follows = settings.reuse_steps > 0 and index > 0
+        own = replace(settings, steps=settings.reuse_steps) if follows else settings
         with no_room(advice):
             batch = synthesize_batch(
                 teacher,
-                settings,
+                own,
                 input_size,
                 sizes[index],
                 rng=rng_for(seed, "synthesis", index),
-                log=partial(_log_batch, log, names[index], settings.steps),
+                log=partial(_log_batch, log, names[index], own.steps),
                 prior=prior,
+                start=_trained(finished[names[0]]) if follows else None,
             )
-        return {"images": batch.images.cpu()}
+        kept = batch.generator.state_dict() if settings.reuse_steps and index == 0 else {}
+        return {"images": batch.images.cpu(), **{f"{GENERATOR}{n}": v.cpu() for n, v in kept.items()}}
 
+    if settings.reuse_steps:
+        spread(names[:1], make, finished, group)
     spread(names, make, finished, group)
     return torch.cat([finished[name]["images"] for name in names])
 
@@ -109,6 +121,7 @@ def synthesize_batch(
     rng: torch.Generator,
     log: Callable[[int, dict[str, float]], None],
     prior: InputPrior | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Batch:
     """Train latents and a fresh generator together so that the teacher's BatchNorm statistics are reproduced.
 
@@ -124,6 +137,7 @@ def synthesize_batch(
         log: called as log(step, values) about 20 times; only then the host waits for the device. The learning
             rates are those of the next step.
         prior: mean and deviation that the images start from and are held to; None for 0 and 1.
+        start: state dict of a generator to start from; None for fresh parameters.
 
     Raises:
         UsageError: the teacher has no BatchNorm.
@@ -137,7 +151,10 @@ def synthesize_batch(
     prior = prior or STANDARD
     bn_statistics, input_statistics = BatchNormStatistics(), InputStatistics(prior)
     latents = torch.randn(num_images, settings.latent_size, generator=rng).to(device).requires_grad_()
-    generator = LatentGenerator(input_size, latent_size=settings.latent_size, rng=rng).to(device)
+    generator = LatentGenerator(input_size, latent_size=settings.latent_size, rng=rng)
+    if start is not None:
+        generator.load_state_dict(start)
+    generator = generator.to(device)
     parameters = [latents, *generator.parameters()]
     patience, interval = schedule(settings)
     plateau = Plateau(settings.lr_latent, settings, patience=patience, device=device)
@@ -151,6 +168,7 @@ def synthesize_batch(
     reduced = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
     log_every = math.ceil(settings.steps / LOGS_A_BATCH)
     still = [[0, 0]] * num_swinging
+    convergence = Convergence(settings.converged)
     for step in range(settings.steps):
         shifts = draw_shifts(num_swinging, rng) if settings.swing else still
         with reduced:
@@ -164,10 +182,13 @@ def synthesize_batch(
         plateau.step(loss.detach())
         if (step + 1) % interval == 0:
             optimizer.param_groups[1]["lr"] *= settings.generator_decay
-        if step % log_every == 0 or step == settings.steps - 1:
+        ended = convergence.reached(step, loss.detach())
+        if step % log_every == 0 or step == settings.steps - 1 or ended:
             values = {"loss": loss, "bn": bn_loss, "image": image_loss, "lr_latent": plateau.lr}
             lr_generator = optimizer.param_groups[1]["lr"]
             log(step, {n: v.item() for n, v in values.items()} | {"lr_generator": lr_generator})
+        if ended:
+            break
     with torch.no_grad(), reduced:
         images = prior.apply(generator(latents))
     if not images.isfinite().all():
@@ -177,6 +198,11 @@ def synthesize_batch(
             f"synthesis.precision=float32 (now {settings.precision})."
         )
     return Batch(images.contiguous(), latents.detach(), generator.requires_grad_(False))
+
+
+def _trained(finished: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of the generator that a finished batch kept."""
+    return {k.removeprefix(GENERATOR): v for k, v in finished.items() if k.startswith(GENERATOR)}
 
 
 def batch_name(index: int) -> str:
@@ -212,6 +238,29 @@ class Plateau:
         lower = torch.minimum(self.lr, (self.lr * self._factor).clamp(min=self._min))
         self.lr.copy_(torch.where(reduce, lower, self.lr))
         self._waited = torch.where(reduce, 0.0, self._waited)
+
+
+class Convergence:
+    """Tells when a loss has stopped falling, by the mean of a window of steps and of the one before it.
+
+    Args:
+        share: by which the mean has to fall from window to window; 0 for any loss to count as falling.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share, self._sum, self._before = share, torch.zeros(()), math.inf
+
+    def reached(self, step: int, loss: Tensor) -> bool:
+        """Take notice of the loss (scalar, detached) of a step; waits for the device once a window."""
+        if self._share == 0:
+            return False
+        self._sum = self._sum.to(loss.device) + loss
+        if (step + 1) % WINDOW:
+            return False
+        mean = float(self._sum) / WINDOW
+        ended = mean >= self._before * (1 - self._share)
+        self._before, self._sum = mean, torch.zeros_like(self._sum)
+        return ended
 
 
 def schedule(settings: Synthesis) -> tuple[int, int]:
