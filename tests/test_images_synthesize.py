@@ -21,6 +21,7 @@ from zsq.images.synthesize import (
     Convergence,
     Plateau,
     batch_sizes,
+    cooling,
     schedule,
     synthesize,
     synthesize_batch,
@@ -240,6 +241,16 @@ def test_ends_early_when_converged(residual: fx.GraphModule) -> None:
     assert same[-1][1] == pytest.approx(logged[-1][1])
     _, whole = one_batch(residual, replace(SHORT, steps=120))
     assert whole[-1][0] == 119
+
+
+def test_cooldown_takes_both_learning_rates_to_zero(residual: fx.GraphModule) -> None:
+    settings = replace(SHORT, steps=20, cooldown=0.5)
+    assert [cooling(step, settings) for step in (0, 9, 10, 15, 20)] == [1, 1, 1, 0.5, 0]
+    assert {cooling(step, SHORT) for step in range(4)} == {1}
+    _, logged = one_batch(residual, settings)
+    rates = [(values["lr_latent"], values["lr_generator"]) for _, values in logged]
+    assert rates[8] == pytest.approx((0.1, 0.01)) and rates[14] == pytest.approx((0.05, 0.005))
+    assert rates[19] == (0, 0)
 
 
 def test_convergence_compares_windows() -> None:

@@ -29,6 +29,7 @@ class Synthesis:
         swing: shift the input of every strided convolution by up to one pixel, at random, in every step.
         bn_weight: factor of the distance to the BatchNorm statistics.
         image_weight: factor of the distance of each image to mean 0 and deviation 1.
+        cooldown: share of the steps, the last ones, over which both learning rates fall linearly to 0.
         converged: a batch ends early when the mean loss of its last 50 steps is not lower by this share than
             that of the 50 before; 0 never ends it early.
         reuse_steps: steps of every batch but the first, which then starts from the generator that the first
@@ -51,6 +52,7 @@ class Synthesis:
     swing: bool = True
     bn_weight: float = 1.0
     image_weight: float = 1.0
+    cooldown: float = 0.0
     converged: float = 0.0
     reuse_steps: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -65,6 +67,8 @@ class Synthesis:
         for name in ("steps", "latent_size", "generator_decay_interval"):
             if getattr(self, name) < 1:
                 raise UsageError(f"synthesis.{name} is {getattr(self, name)}. Expected at least 1.")
+        if not 0 <= self.cooldown <= 1:
+            raise UsageError(f"synthesis.cooldown is {self.cooldown}. Expected a share of the steps, 0 to 1.")
         if self.converged >= 1 or self.reuse_steps < 0:
             raise UsageError(
                 f"synthesis.converged is {self.converged} and synthesis.reuse_steps {self.reuse_steps}. "

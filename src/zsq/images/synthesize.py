@@ -169,6 +169,7 @@ def synthesize_batch(
     log_every = math.ceil(settings.steps / LOGS_A_BATCH)
     still = [[0, 0]] * num_swinging
     convergence = Convergence(settings.converged)
+    lr_generator = settings.lr_generator
     for step in range(settings.steps):
         shifts = draw_shifts(num_swinging, rng) if settings.swing else still
         with reduced:
@@ -181,12 +182,15 @@ def synthesize_batch(
         optimizer.step()
         plateau.step(loss.detach())
         if (step + 1) % interval == 0:
-            optimizer.param_groups[1]["lr"] *= settings.generator_decay
+            lr_generator *= settings.generator_decay
+        if (factor := cooling(step + 1, settings)) < 1:
+            optimizer.param_groups[0]["lr"] = plateau.lr * factor
+        optimizer.param_groups[1]["lr"] = lr_generator * factor
         ended = convergence.reached(step, loss.detach())
         if step % log_every == 0 or step == settings.steps - 1 or ended:
-            values = {"loss": loss, "bn": bn_loss, "image": image_loss, "lr_latent": plateau.lr}
-            lr_generator = optimizer.param_groups[1]["lr"]
-            log(step, {n: v.item() for n, v in values.items()} | {"lr_generator": lr_generator})
+            lr_latent, lr = (group["lr"] for group in optimizer.param_groups)
+            values = {"loss": loss, "bn": bn_loss, "image": image_loss, "lr_latent": lr_latent}
+            log(step, {n: v.item() for n, v in values.items()} | {"lr_generator": lr})
         if ended:
             break
     with torch.no_grad(), reduced:
@@ -261,6 +265,12 @@ class Convergence:
         ended = mean >= self._before * (1 - self._share)
         self._before, self._sum = mean, torch.zeros_like(self._sum)
         return ended
+
+
+def cooling(step: int, settings: Synthesis) -> float:
+    """Factor of both learning rates at a step (0-based): 1, and from there linearly to 0 at `steps`."""
+    length = settings.cooldown * settings.steps
+    return min(1.0, (settings.steps - step) / length) if length else 1.0
 
 
 def schedule(settings: Synthesis) -> tuple[int, int]:
