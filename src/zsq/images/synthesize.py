@@ -1,9 +1,10 @@
 """Synthesise images: train latents and a generator until the teacher's statistics are met, batch by batch."""
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,13 +14,14 @@ from zsq.graph.tensors import device_of
 from zsq.images.forward import observe
 from zsq.images.losses import BatchNormStatistics, InputStatistics
 from zsq.images.prior import STANDARD, InputPrior
-from zsq.images.settings import Synthesis
+from zsq.images.settings import Refinement, Synthesis
 from zsq.images.sources import LatentGenerator
 from zsq.images.views import draw_shifts, swing
 from zsq.rng import rng_for
 
 LOGS_A_BATCH = 20
 SMALLEST_BATCH = 8  # statistics of fewer images are too noisy to match
+GENERATOR = "generator."  # prefix of its parameters in a finished batch
 PLATEAU_THRESHOLD = 1e-4  # relative fall of the loss that counts as progress
 
 Finished = MutableMapping[str, dict[str, Tensor]]
@@ -51,6 +53,7 @@ def synthesize(
     finished: Finished,
     log: Log,
     prior: InputPrior | None = None,
+    keep_sources: bool = False,
 ) -> Tensor:
     """Images in batches that know nothing of one another; each has its own stream of `seed`.
 
@@ -62,6 +65,8 @@ def synthesize(
         finished: {"images": ...} of finished batches by name; those found there are taken over, others added.
         log: called as log(batch name, step, steps, values) a few times a batch.
         prior: mean and deviation that the images start from and are held to; None for 0 and 1.
+        keep_sources: keep latents and generator in `finished` too, for `batch_from_piece`; a finished batch
+            without them is made again.
 
     Returns:
         (num_images, C, H, W), normalised, float32, on the CPU.
@@ -73,7 +78,8 @@ def synthesize(
     batches = []
     for index, num_images in enumerate(batch_sizes(settings.num_images, settings.batch_size)):
         name = batch_name(index)
-        if name not in finished:
+        piece = finished.get(name)
+        if not is_complete(piece, keep_sources):
             batch = synthesize_batch(
                 teacher,
                 settings,
@@ -83,9 +89,33 @@ def synthesize(
                 log=partial(_log_batch, log, name, settings.steps),
                 prior=prior,
             )
-            finished[name] = {"images": batch.images.cpu()}
-        batches.append(finished[name]["images"])
+            piece = finished[name] = piece_of(batch, keep_source=keep_sources)
+        assert piece is not None
+        batches.append(piece["images"])
     return torch.cat(batches)
+
+
+def is_complete(piece: Mapping[str, Tensor] | None, keep_sources: bool) -> bool:
+    """Whether a finished batch is there, and with its latents and generator if they are wanted."""
+    return piece is not None and (not keep_sources or "latents" in piece)
+
+
+def piece_of(batch: Batch, *, keep_source: bool) -> dict[str, Tensor]:
+    """A batch as tensors by name, on the CPU; without its latents and generator unless they are wanted."""
+    source = {f"{GENERATOR}{name}": tensor.cpu() for name, tensor in batch.generator.state_dict().items()}
+    kept = {"latents": batch.latents.cpu(), **source} if keep_source else {}
+    return {"images": batch.images.cpu(), **kept}
+
+
+def batch_from_piece(piece: Mapping[str, Tensor], device: torch.device) -> Batch:
+    """The batch that `piece_of` was given, with its source; on a device."""
+    latents = piece["latents"].to(device)
+    size: Any = tuple(piece["images"].shape[1:])
+    generator = LatentGenerator(size, latent_size=latents.shape[1], rng=torch.Generator())
+    generator.load_state_dict(
+        {n.removeprefix(GENERATOR): t for n, t in piece.items() if n.startswith(GENERATOR)}
+    )
+    return Batch(piece["images"].to(device), latents, generator.to(device).requires_grad_(False))
 
 
 def synthesize_batch(
@@ -185,7 +215,9 @@ class Plateau:
         lr: the learning rate, a scalar tensor that `step` overwrites.
     """
 
-    def __init__(self, lr: float, settings: Synthesis, *, patience: int, device: torch.device) -> None:
+    def __init__(
+        self, lr: float, settings: Synthesis | Refinement, *, patience: int, device: torch.device
+    ) -> None:
         self._factor, self._min, self._patience = settings.plateau_factor, settings.lr_latent_min, patience
         self.lr = torch.tensor(lr, device=device)
         self._best = torch.tensor(torch.inf, device=device)
