@@ -9,11 +9,18 @@ from zsq.recipe import GaussianNoise, GivenImages, Recipe
 BUDGETS = ("quick", "standard", "paper")
 LARGE = 64 * 64  # pixels of an input above which a step costs so much more that the counts are smaller
 # (budget, large input) -> images, synthesis steps a batch, reconstruction steps a unit
+# and those of a refinement: steps a batch, reconstruction steps a unit of the student it refines against
 COUNTS = {
     ("quick", False): (128, 150, 200),
     ("standard", False): (256, 300, 400),
     ("quick", True): (32, 50, 50),
     ("standard", True): (64, 100, 100),
+}
+REFINEMENT_COUNTS = {
+    ("quick", False): (15, 40),
+    ("standard", False): (30, 80),
+    ("quick", True): (5, 10),
+    ("standard", True): (10, 20),
 }
 
 # A rounding logit has to travel up to 4.8 to change its mind (the rectified sigmoid is 0 at -2.4, 1 at 2.4).
@@ -51,6 +58,16 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
         source = replace(source, num_images=num_images)
     reconstruction = recipe.reconstruction
     if reconstruction is not None:
-        rate = min(max(reconstruction.lr_rounding, TRAVEL / reconstruction_steps), MAX_LR_ROUNDING)
+        rate = _rounding_rate(reconstruction.lr_rounding, reconstruction_steps)
         reconstruction = replace(reconstruction, steps=reconstruction_steps, lr_rounding=rate)
-    return replace(recipe, synthesis=source, reconstruction=reconstruction)
+    refinement = recipe.refinement
+    if refinement is not None:
+        steps, warmup_steps = REFINEMENT_COUNTS[budget, large]
+        rate = _rounding_rate(refinement.warmup_lr_rounding, warmup_steps)
+        refinement = replace(refinement, steps=steps, warmup_steps=warmup_steps, warmup_lr_rounding=rate)
+    return replace(recipe, synthesis=source, refinement=refinement, reconstruction=reconstruction)
+
+
+def _rounding_rate(published: float, steps: int) -> float:
+    """Learning rate of rounding logits for so many steps."""
+    return min(max(published, TRAVEL / steps), MAX_LR_ROUNDING)

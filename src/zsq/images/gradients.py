@@ -18,7 +18,7 @@ from zsq.graph.blocks import Unit, extract
 from zsq.graph.capture import aten, output_nodes, weight_node
 from zsq.images.forward import freeze_batch_norms
 from zsq.images.settings import Scope
-from zsq.quant.plain import PlainPart, plain_part
+from zsq.quant.plain import PlainPart, merge_calls, plain_part
 
 CHUNK = 32  # images whose gradients are computed at once
 EPS = 1e-6  # rows shorter than this are not brought to length 1: their direction is noise
@@ -52,24 +52,19 @@ def gradient_probe(
     """
     if scope != "last_layer":
         chosen = units if scope == "all_units" else units[-1:]
-        return _UnitGradients(
-            teacher,
-            student,
-            [(u.inputs, u.outputs, plain_part(student, u.inputs, u.outputs)) for u in chosen],
-        )
+        return _UnitGradients(teacher, student, [(unit.inputs, unit.outputs) for unit in chosen])
     layer, output = _last_layer(teacher.graph)
     source = layer.args[0]
     assert isinstance(source, fx.Node)
     if layer.target is aten.linear.default and layer is output and output.meta["val"].ndim == 2:
         return _FactorisedGradients(teacher, student, source.name, output.name)
     try:
-        part = plain_part(student, [source.name], [output.name])
+        return _UnitGradients(teacher, student, [((source.name,), (output.name,))])
     except ValueError as error:
         raise UsageError(
-            f"The output of this model needs more than what its last layer ({layer.name}) gives, so there are "
-            "no gradients of the last layer alone. Choose gradients=last_unit or all_units."
+            f"The output of this model needs more than what its last layer ({layer.name}) gives, so there "
+            "are no gradients of the last layer alone. Choose gradients=last_unit or all_units."
         ) from error
-    return _UnitGradients(teacher, student, [((source.name,), (output.name,), part)])
 
 
 class _FactorisedGradients:
@@ -83,34 +78,33 @@ class _FactorisedGradients:
         if logits is None:
             (logits,) = self._teacher(images)
         features, answers = self._student(images)
-        return ((features, logits - answers),)
+        return ((_full(features), _full(logits) - _full(answers)),)
 
 
 class _UnitGradients:
-    """Gradients of each part's weights, one row an image, by torch.func."""
+    """Gradients of the weights between named nodes, (inputs, outputs) of each part, by torch.func."""
 
     def __init__(
         self,
         teacher: fx.GraphModule,
         student: fx.GraphModule,
-        parts: Sequence[tuple[tuple[str, ...], tuple[str, ...], PlainPart]],
+        ends: Sequence[tuple[tuple[str, ...], tuple[str, ...]]],
     ) -> None:
-        self._parts = [part for *_, part in parts]
-        self._inputs, self._outputs = ([p[k] for p in parts] for k in (0, 1))
-        self._read, self._wanted = (
-            list(dict.fromkeys(name for names in group for name in names))
-            for group in (self._inputs, self._outputs)
-        )
+        self._ends = ends
+        self._parts = [plain_part(student, inputs, outputs) for inputs, outputs in ends]
+        self._read = list(dict.fromkeys(name for inputs, _ in ends for name in inputs))
+        self._wanted = list(dict.fromkeys(name for _, outputs in ends for name in outputs))
         self._teacher = _between_images_and(teacher, self._wanted)
         self._student = _between_images_and(student, self._read)
 
     def __call__(self, images: Tensor, logits: Tensor | None) -> Gradients:
         targets = dict(zip(self._wanted, self._teacher(images), strict=True))
         given = dict(zip(self._read, self._student(images), strict=True))
-        return tuple(
-            (sample_gradients(part, [given[n] for n in inputs], [targets[n] for n in outputs]),)
-            for part, inputs, outputs in zip(self._parts, self._inputs, self._outputs, strict=True)
-        )
+        with torch.autocast(images.device.type, enabled=False):
+            return tuple(
+                (sample_gradients(part, [given[n] for n in inputs], [targets[n] for n in outputs]),)
+                for part, (inputs, outputs) in zip(self._parts, self._ends, strict=True)
+            )
 
 
 def sample_gradients(part: PlainPart, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
@@ -131,7 +125,9 @@ def sample_gradients(part: PlainPart, inputs: Sequence[Tensor], targets: Sequenc
         return torch.stack(errors).sum() / 2
 
     by_sample = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=CHUNK)
-    found = by_sample(list(part.weights.values()), list(inputs), list(targets))
+    weights = list(part.weights.values())
+    given, wanted = ([x.to(weights[0].dtype) for x in tensors] for tensors in (inputs, targets))
+    found = by_sample(weights, given, wanted)
     return torch.cat([g.flatten(1) for g in found], 1)
 
 
@@ -231,13 +227,18 @@ def gradients_of(probe: Probe, images: Tensor, *, chunk: int = CHUNK) -> Gradien
     return joined([probe(images[i : i + chunk], None) for i in range(0, len(images), chunk)])
 
 
+def _full(tensor: Tensor) -> Tensor:
+    """In float32 unless it has more."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _last_layer(graph: fx.Graph) -> tuple[fx.Node, fx.Node]:
     """The last weighted layer of a network and its output."""
     outputs = output_nodes(graph)
     if len(outputs) != 1:
         raise UsageError(
-            f"This model returns {len(outputs)} tensors, so it has no last layer that all of its output comes "
-            "from. Choose gradients=last_unit or all_units."
+            f"This model returns {len(outputs)} tensors, so it has no last layer that all of its output "
+            "comes from. Choose gradients=last_unit or all_units."
         )
     return [node for node in graph.nodes if weight_node(node) is not None][-1], outputs[0]
 
@@ -247,5 +248,6 @@ def _between_images_and(graph_module: fx.GraphModule, names: Sequence[str]) -> f
     image = next(node.name for node in graph_module.graph.nodes if node.op == "placeholder")
     part = extract(graph_module, [image], names)
     freeze_batch_norms(part.graph)
+    merge_calls(part.graph)
     part.recompile()
     return part

@@ -139,26 +139,34 @@ def refine_batch(
         fused=True,
     )
     bn_statistics, input_statistics = BatchNormStatistics(), InputStatistics(prior)
-    reduced = synthesis.precision == "bfloat16"
+
+    def reduced(precision: str) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
     def images_at(point: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
+        with reduced(synthesis.precision):
             images = prior.apply(generator(point))
         return images.contiguous(memory_format=torch.channels_last)
 
+    def directions_of(images: Tensor, logits: Tensor | None = None) -> Gradients:
+        with reduced(settings.precision):
+            gradients = probe(images, logits)
+        return directions(gradients)
+
     def directions_at(point: Tensor) -> Gradients:
-        return directions(probe(images_at(point), None))
+        return directions_of(images_at(point))
 
     matching = settings.match_weight > 0 and settings.radius > 0
     log_every = math.ceil(settings.steps / LOGS_A_BATCH)
     for step in range(settings.steps):
         parts: dict[str, tuple[float, Tensor]] = {}
-        forward = observer(images_at(latents))
+        with reduced(settings.precision):
+            forward = observer(images_at(latents))
         if settings.bn_weight > 0:
             image_loss = synthesis.image_weight * input_statistics(forward)
             parts["bn"] = settings.bn_weight, synthesis.bn_weight * bn_statistics(forward) + image_loss
         if matching or settings.diversity_weight > 0:
-            own = directions(probe(forward.images, forward.logits))
+            own = directions_of(forward.images, forward.logits)
         if matching:
             offsets = find_neighbours(latents.detach(), directions_at, detached(own), settings, rng)
             match = gradient_match(own, directions_at(latents + offsets))
@@ -179,7 +187,7 @@ def refine_batch(
             log(step, {"loss": loss.item(), **{name: part.item() for name, (_, part) in parts.items()}})
     with torch.no_grad():
         images = images_at(latents)
-        found = directions(probe(images, None))
+        found = directions_of(images)
     if not images.isfinite().all():
         raise JobError(
             "The refinement of images diverged: some pixels are not finite. Try a smaller "
@@ -199,10 +207,10 @@ def find_neighbours(
     """Offsets of length `radius`, one a latent, at which the gradients are the least similar to `own`.
 
     "searched": from a random offset of a tenth of the radius, each step goes to the edge of the ball against
-    the gradient of the similarity. At offset 0 that gradient is exactly 0, as the similarity is largest there.
+    the slope of the similarity. At offset 0 the slope is exactly 0, as the similarity is largest there.
     "published": one such step from offset 0, with 1e-9 added to the anchor; its direction is rounding noise.
 
-    All offsets are tried at once: the generator normalises by batch, so images depend on each other's latents.
+    All offsets are tried at once: the generator normalises by batch, so that images depend on all latents.
 
     Args:
         latents: (N, L), no gradient.
@@ -255,7 +263,7 @@ def _gradients(piece: dict[str, Tensor], device: torch.device) -> Gradients:
     """What `_named` was given."""
     found: list[list[Tensor]] = []
     keys = (tuple(map(int, key.split(".")[1:])) for key in piece if key.startswith("direction."))
-    for index, factor in sorted(keys):  # type: ignore[misc]
+    for index, factor in sorted(keys):
         if factor == 0:
             found.append([])
         found[index].append(piece[f"direction.{index}.{factor}"].to(device))

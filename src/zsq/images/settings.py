@@ -96,9 +96,11 @@ class Refinement:
         neighbour: how the least similar neighbour is looked for: "searched" steps from a random start;
             "published" follows the gradient at distance 0, which is rounding noise.
         neighbour_steps: steps of "searched", each to the edge of the ball.
-        gradients: of which weights the gradients are: those of the last layer (nearly free), of the last unit,
-            or of every unit (cosines are averaged).
+        gradients: of which weights the gradients are: those of the last layer (nearly free), of the last
+            unit, or of every unit (cosines are averaged).
         bank_size: gradients of finished images that are remembered for the diversity, the latest ones.
+        precision: of convolutions and matrix products of teacher and student; gradients by image are computed
+            and all compared in float32.
     """
 
     warmup_steps: int = 4000
@@ -120,6 +122,7 @@ class Refinement:
     neighbour_steps: int = 1
     gradients: Scope = "last_layer"
     bank_size: int = 1024
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "steps", "generator_decay_interval", "neighbour_steps"):
@@ -134,6 +137,7 @@ class Refinement:
             )
         _one_of("refinement.neighbour", self.neighbour, ("searched", "published"))
         _one_of("refinement.gradients", self.gradients, get_args(Scope))
+        _one_of("refinement.precision", self.precision, ("float32", "bfloat16"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +148,7 @@ class Filter:
         method: "gradient_cover": greedily the image that most raises the sum over all images of the largest
             cosine between its gradient and that of a chosen one; "random": any.
         keep: how many; all if there are fewer.
-        gradients: of which weights, see `Refinement`; the student has calibrated ranges and rounds to nearest.
+        gradients: of which weights, see `Refinement`; the student only has its ranges calibrated.
     """
 
     method: Literal["gradient_cover", "random"] = "gradient_cover"

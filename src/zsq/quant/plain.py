@@ -1,7 +1,8 @@
-"""A student as a function of its float weights, in plain operations: for gradients of any order and by sample."""
+"""A student as a function of its float weights, in plain operations, for gradients of any order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -39,6 +40,7 @@ def plain_part(student: fx.GraphModule, inputs: Sequence[str], outputs: Sequence
     """
     module = extract(student, inputs, outputs)
     graph = module.graph
+    merge_calls(graph)
     weights: dict[str, Tensor] = {}
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     placeholders: dict[str, fx.Node] = {}
@@ -62,6 +64,21 @@ def plain_part(student: fx.GraphModule, inputs: Sequence[str], outputs: Sequence
         graph.erase_node(node)
     graph.lint()
     return PlainPart(fx.GraphModule(student, graph, "Plain"), weights)
+
+
+def merge_calls(graph: fx.Graph) -> None:
+    """Call a module once where it is called several times with the same argument.
+
+    `attach` gives every reader of a tensor a call of its own, so that each can draw what it drops; where
+    nothing is drawn, one is enough and the values are the same.
+    """
+    first: dict[tuple[Any, ...], fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_module":
+            same = first.setdefault((node.target, *node.args), node)
+            if same is not node:
+                node.replace_all_uses_with(same)
+                graph.erase_node(node)
 
 
 def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
