@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 from tiny_networks import message
 
-from zsq.budget import BUDGETS, COUNTS, MAX_LR_ROUNDING, REFINEMENT_COUNTS, TRAVEL, with_budget
+from zsq.budget import (
+    BUDGETS,
+    COUNTS,
+    MAX_LR_ROUNDING,
+    MAX_REFINEMENT_FACTOR,
+    REFINEMENT_COUNTS,
+    TRAVEL,
+    with_budget,
+)
 from zsq.errors import UsageError
 from zsq.images.settings import Filter, Synthesis
 from zsq.pipeline import compose_recipe
@@ -195,6 +203,9 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
     if scaled.refinement is not None and recipe.refinement is not None:
         counts = (scaled.refinement.steps, scaled.refinement.warmup_steps)
         assert counts == REFINEMENT_COUNTS[budget, False]
+        factor = scaled.refinement.lr_generator / recipe.refinement.lr_generator
+        assert scaled.refinement.lr_latent == pytest.approx(factor * recipe.refinement.lr_latent)
+        assert factor == pytest.approx(min(500 / counts[0], MAX_REFINEMENT_FACTOR))
     published_stages = {name: getattr(recipe, name) for name in ("synthesis", "refinement", "reconstruction")}
     assert replace(scaled, **published_stages) == recipe
 
