@@ -37,7 +37,7 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
     Fewer steps of reconstruction come with a larger `lr_rounding`. Measured on cifar100_resnet20s, 256
     synthetic images, 400 steps, W2A4, seed 0: top-1 52.7 at 1e-3 (published for 20000 steps), 59.7 at 5e-3,
     60.4 at 1e-2. The rates of a refinement grow as its steps become fewer, as at the published ones 30 steps
-    hardly move an image: see the measurements in `zsq show sadag`.
+    move the images little: see the measurements in `zsq show sadag`.
 
     Args:
         recipe: with the published counts.

@@ -78,7 +78,7 @@ class _FactorisedGradients:
         if logits is None:
             (logits,) = self._teacher(images)
         features, answers = self._student(images)
-        return ((_full(features), _full(logits) - _full(answers)),)
+        return ((features, logits - answers),)
 
 
 class _UnitGradients:
@@ -100,11 +100,10 @@ class _UnitGradients:
     def __call__(self, images: Tensor, logits: Tensor | None) -> Gradients:
         targets = dict(zip(self._wanted, self._teacher(images), strict=True))
         given = dict(zip(self._read, self._student(images), strict=True))
-        with torch.autocast(images.device.type, enabled=False):
-            return tuple(
-                (sample_gradients(part, [given[n] for n in inputs], [targets[n] for n in outputs]),)
-                for part, (inputs, outputs) in zip(self._parts, self._ends, strict=True)
-            )
+        return tuple(
+            (sample_gradients(part, [given[n] for n in inputs], [targets[n] for n in outputs]),)
+            for part, (inputs, outputs) in zip(self._parts, self._ends, strict=True)
+        )
 
 
 def sample_gradients(part: PlainPart, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
@@ -125,9 +124,7 @@ def sample_gradients(part: PlainPart, inputs: Sequence[Tensor], targets: Sequenc
         return torch.stack(errors).sum() / 2
 
     by_sample = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=CHUNK)
-    weights = list(part.weights.values())
-    given, wanted = ([x.to(weights[0].dtype) for x in tensors] for tensors in (inputs, targets))
-    found = by_sample(weights, given, wanted)
+    found = by_sample(list(part.weights.values()), list(inputs), list(targets))
     return torch.cat([g.flatten(1) for g in found], 1)
 
 
@@ -225,11 +222,6 @@ def diversity(images: Gradients, bank: Gradients | None, *, threshold: float) ->
 def gradients_of(probe: Probe, images: Tensor, *, chunk: int = CHUNK) -> Gradients:
     """Gradients of any number of images, computed a few at a time, without history."""
     return joined([probe(images[i : i + chunk], None) for i in range(0, len(images), chunk)])
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """In float32 unless it has more."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _last_layer(graph: fx.Graph) -> tuple[fx.Node, fx.Node]:

@@ -99,8 +99,6 @@ class Refinement:
         gradients: of which weights the gradients are: those of the last layer (nearly free), of the last
             unit, or of every unit (cosines are averaged).
         bank_size: gradients of finished images that are remembered for the diversity, the latest ones.
-        precision: of convolutions and matrix products of teacher and student; gradients by image are computed
-            and all compared in float32.
     """
 
     warmup_steps: int = 4000
@@ -122,7 +120,6 @@ class Refinement:
     neighbour_steps: int = 1
     gradients: Scope = "last_layer"
     bank_size: int = 1024
-    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "steps", "generator_decay_interval", "neighbour_steps"):
@@ -137,7 +134,6 @@ class Refinement:
             )
         _one_of("refinement.neighbour", self.neighbour, ("searched", "published"))
         _one_of("refinement.gradients", self.gradients, get_args(Scope))
-        _one_of("refinement.precision", self.precision, ("float32", "bfloat16"))
 
 
 @dataclass(frozen=True, kw_only=True)
