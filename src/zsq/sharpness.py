@@ -144,7 +144,7 @@ def sharpness(
     units: Sequence[Unit],
     images: Tensor,
     *,
-    relative_radius: float = 0.05,
+    relative_radius: float = 0.002,
     power_steps: int = 0,
     rng: torch.Generator | None = None,
 ) -> Sharpness:
@@ -152,7 +152,8 @@ def sharpness(
 
     Args:
         teacher, student, units, images: see `ReconstructionLoss`.
-        relative_radius: length of the step along the gradient, as a share of the length of all weights.
+        relative_radius: length of the step along the gradient, as a share of the length of all weights. Keep
+            it small: 0.05 multiplied the loss of a W2A4 cifar100_resnet20s by 15.
         power_steps: steps of the power iteration for the eigenvalue; 0 leaves it out.
         rng: on the CPU, draws the start of the power iteration; None for one of seed 0.
 
