@@ -252,6 +252,29 @@ def test_an_interrupted_row_goes_on(folder: Path, change: Change, monkeypatch: p
     assert row["seconds"]["reconstruct"] is None and row["seconds"]["synthesize"] > 0
 
 
+def test_recipes_that_refine_share_images_with_others(folder: Path, change: Change, done: list[Any]) -> None:
+    """Images are made once for all bits and recipes; refined ones depend on bits and are made in the run."""
+    settings = '{ "refinement.steps" = 2, "refinement.warmup_steps" = 2 }'
+    old = [row for row in rows(folder) if row["recipe"] == "genie" and row["bits"] == "W4A4"]
+    change('[[recipes]]\nname = "genie"\n', f'[[recipes]]\nname = "sadag"\nset = {settings}\n')
+    change('["W4A4", "w8a8"]', '["W4A4", "W2A2"]')
+    again(folder)
+    images = [("images", "", 0), ("images", "", 1)]  # made again: genie's rows had kept no generators
+    sadag = [("sadag", bits, seed) for bits in ("W4A4", "W2A2") for seed in (0, 1)]
+    first = [call for call in done if call[0] in ("images", "sadag")]
+    assert first == [images[0], sadag[0], images[1], *sadag[1:]]
+    assert len(list((folder / "out" / "images").glob("*.sources.safetensors"))) == 2
+    seconds = [row["seconds"] for row in rows(folder) if row["recipe"] == "sadag"]
+    assert all({"synthesize", "refine", "reconstruct"} <= found.keys() for found in seconds)
+    done.clear()
+    before = {row["key"] for row in rows(folder)}
+    change('name = "sadag"', 'name = "genie"')
+    change(f"set = {settings}\n", "")
+    again(folder)  # the genie of before, with the images of now
+    assert done == [("genie", "W2A2", 0), ("genie", "W2A2", 1)]
+    assert {row["key"] for row in old} <= before
+
+
 def test_a_failed_row_is_told_and_others_are_done(
     folder: Path, change: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,7 +449,7 @@ def test_a_network_without_batch_norm_fails_as_a_row(folder: Path, change: Chang
 def test_files_of_this_repository_are_well_formed() -> None:
     found = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.toml"))
     benches = {path.stem: read_bench(path) for path in found}
-    assert benches.keys() == {"genie", "w8a8"}
+    assert benches.keys() == {"genie", "gradient_cover", "sadag", "sadag_ablation", "w8a8"}
     for name, bench in benches.items():
         assert bench.name == name and bench.networks and bench.recipes
         for network in bench.networks:
@@ -438,7 +461,7 @@ def test_files_of_this_repository_are_well_formed() -> None:
                         entry.name, bits=bits, ends=bench.ends, budget=bench.budget, overrides=overrides
                     )
                     assert settings.num_holdout == 0
-                    assert isinstance(settings.synthesis, Synthesis) == (entry.name == "genie")
+                    assert isinstance(settings.synthesis, Synthesis) == (entry.name in ("genie", "sadag"))
                     assert isinstance(settings.synthesis, GivenImages) == entry.images
                     assert network.images is not None or not entry.images
     bits_of = {network.name: network.bits for network in benches["genie"].networks}

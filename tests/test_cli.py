@@ -199,6 +199,16 @@ def test_synthesize_says_where(model: str, folder: Path, capsys: Capture) -> Non
     assert f"images for small, recipe genie, budget standard, seed 0 -> {folder / 'more'}" in err
 
 
+def test_filters_and_bits_of_images(model: str, folder: Path, capsys: Capture) -> None:
+    out = folder / "chosen"
+    options = [*INPUT, *SMALL, "--filter", "gradient_cover:3", "--bits", "W2A2", "--out", out]
+    code, text, err = call(capsys, "synthesize", model, *options)
+    assert code == 0 and "3 images of 3x8x8" in text, err
+    for wrong in ("gradient_cover", "gradient_cover:many", ":3"):
+        assert "METHOD:N" in refusal(capsys, "quantize", model, *INPUT, "--filter", wrong)
+    assert "'gradient_cover', 'random'" in refusal(capsys, "quantize", model, *INPUT, "--filter", "best:3")
+
+
 def test_recipes_and_models(capsys: Capture) -> None:
     code, out, _ = call(capsys, "recipes")
     assert code == 0 and all(name in out for name in RECIPES)

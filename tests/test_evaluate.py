@@ -118,7 +118,11 @@ def test_decibels_are_numbers_that_json_has() -> None:
 
 def test_output_distance_by_hand() -> None:
     a, b = torch.zeros(2, 3, 2, 2), torch.ones(2, 3, 2, 2)
-    assert float(output_distance(a, b, channel_axis=1)) == pytest.approx(3.0)  # three channels, mean of the rest
+    assert float(output_distance(a, b, channel_axis=1)) == pytest.approx(
+        3.0
+    )  # three channels, mean of the rest
     tokens = torch.zeros(2, 5, 4)
-    assert float(output_distance(tokens, tokens + 2, channel_axis=-1)) == pytest.approx(16.0)  # 4 channels of 2^2
+    assert float(output_distance(tokens, tokens + 2, channel_axis=-1)) == pytest.approx(
+        16.0
+    )  # 4 channels of 2^2
     assert float(output_distance(tokens, tokens + 2, channel_axis=1)) == pytest.approx(20.0)

@@ -38,6 +38,8 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "student": GROUND | {"graph", "quant"},
     "run": GROUND | MODELS | {"images", "student"},
+    "student_images": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover", "progress", "run"},
+    "sharpness": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover"},
     "export": GROUND | MODELS | SETTINGS | {"graph", "quant", "student", "run"},
     "distributed": {"errors"},
     "out_of_memory": {"errors"},

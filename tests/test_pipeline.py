@@ -16,7 +16,7 @@ import zsq
 import zsq.run as run_module
 from zsq.errors import JobError
 from zsq.models import Teacher
-from zsq.pipeline import quantize, synthesize_images
+from zsq.pipeline import Batches, quantize, synthesize_images
 from zsq.progress import Progress
 from zsq.run import load_run
 from zsq.student import student_to_bytes
@@ -158,8 +158,14 @@ def test_networks_without_batch_norm_take_given_images_or_noise(tmp_path: Path) 
 
 
 def test_images_made_before_give_the_same_result(model: Teacher, undisturbed: dict[str, bytes]) -> None:
-    made = synthesize_images(model, recipe="genie", overrides=TINY, seed=3)
+    made: Batches = {}
+    found = synthesize_images(model, recipe="genie", overrides=TINY, seed=3, made=made)
+    assert list(made) == ["synthesis-000", "synthesis-001"]
+    assert torch.equal(torch.cat([piece["images"] for piece in made.values()]), found)
     assert student_to_bytes(tiny(model, made=made).student) == undisturbed["student.safetensors"]
+    assert all("latents" in piece for piece in made.values())
+    del made["synthesis-001"]
+    assert "The images made before" in message(lambda: tiny(model, made=made))
 
 
 # ---- wrong calls write nothing

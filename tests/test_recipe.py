@@ -6,9 +6,17 @@ from typing import Any
 import pytest
 from tiny_networks import message
 
-from zsq.budget import BUDGETS, COUNTS, MAX_LR_ROUNDING, TRAVEL, with_budget
+from zsq.budget import (
+    BUDGETS,
+    COUNTS,
+    MAX_LR_ROUNDING,
+    MAX_REFINEMENT_FACTOR,
+    REFINEMENT_COUNTS,
+    TRAVEL,
+    with_budget,
+)
 from zsq.errors import UsageError
-from zsq.images.settings import Synthesis
+from zsq.images.settings import Filter, Synthesis
 from zsq.pipeline import compose_recipe
 from zsq.recipe import (
     Calibration,
@@ -106,6 +114,9 @@ def test_overrides_of_a_stage_that_the_recipe_does_not_use() -> None:
     with pytest.raises(UsageError, match="type Reconstruction or NoneType"):
         with_overrides(NOISE_NEAREST, {"reconstruction": 5})
     assert with_overrides(NOISE_NEAREST, {"reconstruction": "none"}) == NOISE_NEAREST
+    assert with_overrides(NOISE_NEAREST, {"reconstruction": "on"}).reconstruction == Reconstruction()
+    chosen = with_overrides(GENIE, {"filter": "on", "filter.keep": "64"})
+    assert chosen.filter == Filter(keep=64) and describe(chosen)["filter"]["keep"] == 64
     with pytest.raises(UsageError, match="at least 1"):
         with_overrides(NOISE_NEAREST, {"synthesis.num_images": 0})
 
@@ -123,7 +134,8 @@ def test_several_overrides_apply_in_order() -> None:
 def test_describe_and_flat_are_json_and_complete(recipe: Recipe) -> None:
     described = describe(recipe)
     assert json.loads(json.dumps(described, allow_nan=False)) == described
-    assert list(described) == [field.name for field in fields(Recipe)]
+    left_out = {name for name in ("refinement", "filter") if getattr(recipe, name) is None}
+    assert list(described) == [field.name for field in fields(Recipe) if field.name not in left_out]
     for field in fields(Recipe):
         stage = getattr(recipe, field.name)
         if is_dataclass(stage):
@@ -188,7 +200,14 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
         assert published.lr_rounding < rate <= MAX_LR_ROUNDING
         assert rate * reconstruction_steps == pytest.approx(TRAVEL)
         assert replace(scaled.reconstruction, steps=published.steps, lr_rounding=1e-3) == published
-    assert replace(scaled, synthesis=recipe.synthesis, reconstruction=recipe.reconstruction) == recipe
+    if scaled.refinement is not None and recipe.refinement is not None:
+        counts = (scaled.refinement.steps, scaled.refinement.warmup_steps)
+        assert counts == REFINEMENT_COUNTS[budget, False]
+        factor = scaled.refinement.lr_generator / recipe.refinement.lr_generator
+        assert scaled.refinement.lr_latent == pytest.approx(factor * recipe.refinement.lr_latent)
+        assert factor == pytest.approx(min(500 / counts[0], MAX_REFINEMENT_FACTOR))
+    published_stages = {name: getattr(recipe, name) for name in ("synthesis", "refinement", "reconstruction")}
+    assert replace(scaled, **published_stages) == recipe
 
 
 def test_budgets_grow() -> None:

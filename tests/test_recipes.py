@@ -32,7 +32,17 @@ def shrunk(recipe: Recipe, **changes: Any) -> Recipe:
     else:
         source = replace(source, num_images=10)
     reconstruction = recipe.reconstruction and replace(recipe.reconstruction, steps=3, batch_size=5)
-    return replace(recipe, synthesis=source, reconstruction=reconstruction, num_holdout=2, **changes)
+    refinement = recipe.refinement and replace(recipe.refinement, steps=2, warmup_steps=2)
+    return replace(
+        recipe,
+        **{
+            "synthesis": source,
+            "refinement": refinement,
+            "reconstruction": reconstruction,
+            "num_holdout": 2,
+            **changes,
+        },
+    )
 
 
 def run(model: Teacher, recipe: Recipe, seed: int = 0, **options: Any) -> Run:
@@ -41,7 +51,7 @@ def run(model: Teacher, recipe: Recipe, seed: int = 0, **options: Any) -> Run:
 
 
 def test_the_table() -> None:
-    assert set(RECIPES) == {"genie", "given", "given-nearest", "noise", "noise-nearest"}
+    assert set(RECIPES) == {"genie", "sadag", "given", "given-nearest", "noise", "noise-nearest"}
     for name, recipe in RECIPES.items():
         assert recipe.name == name and recipe.paper and get_recipe(name) is recipe
     assert compose_recipe("genie") == GENIE

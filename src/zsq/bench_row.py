@@ -26,12 +26,14 @@ from zsq.data import load_images
 from zsq.errors import UsageError
 from zsq.evaluate import CHUNK, accuracy
 from zsq.images.settings import Synthesis
-from zsq.pipeline import quantize, synthesize_images
+from zsq.images.synthesize import batch_name, batch_sizes
+from zsq.pipeline import Batches, quantize, synthesize_images
 from zsq.progress import Callback, Progress
 from zsq.recipe import GivenImages, Recipe, describe
 from zsq.run import load_run, read_record, write_atomic
 
 WORK, IMAGES = "work", "images"  # folders of a benchmark: unfinished pieces, and finished images
+SOURCES = ".sources"  # beside a file of images: latents and generators, where a recipe refines the images
 Say = Callable[[str], None]
 
 
@@ -131,23 +133,32 @@ def make_images(job: Job, plan: Plan, device: str, folder: Path, title: str, say
 
 def _synthetic_images(
     job: Job, settings: Synthesis, plan: Plan, device: str, folder: Path, title: str, say: Say
-) -> tuple[Tensor, float | None]:
-    """Images of a network, settings and a seed, made once, then read; and the seconds they took."""
+) -> tuple[Batches, float | None]:
+    """Images of a network, settings and a seed, made once, then read; and the seconds they took.
+
+    They are those before any refinement, so recipes with and without one share them, for all bits.
+    """
     teacher, seed = plan.teacher, job.cell[2]
     files = image_files(job, plan, device, folder)
     assert files is not None
     file, about = files
+    sources = file.with_name(f"{file.stem}{SOURCES}.safetensors")
+    needed = job.settings.refinement is not None
     try:
-        return load_safetensors(file.read_bytes())["images"], json.loads(about.read_text())["seconds"]
+        images = load_safetensors(file.read_bytes())["images"]
+        kept = load_safetensors(sources.read_bytes()) if needed else {}
+        return _as_batches(images, kept, settings), json.loads(about.read_text())["seconds"]
     except (OSError, ValueError, KeyError, SafetensorError):
         pass
     work = folder / WORK / f"images-{digest([file.stem, teacher.name, _versions()])}"
     resumed = _status(work) == "running"
     started = time.perf_counter()
+    made: Batches = {}
     images = synthesize_images(
         teacher,
         recipe=Recipe(name="images", paper="", synthesis=settings),
         budget="paper",
+        made=made,
         seed=seed,
         device=device,
         out=work,
@@ -155,9 +166,22 @@ def _synthetic_images(
     )
     seconds = None if resumed else round(time.perf_counter() - started, 3)
     write_atomic(about, json.dumps({"seconds": seconds, "seed": seed, **asdict(settings)}).encode())
+    if any(other.settings.refinement is not None for other in plan.jobs):
+        kept = {f"{name}/{key}": t for name, piece in made.items() for key, t in piece.items()}
+        write_atomic(sources, save_safetensors({k: t for k, t in kept.items() if not k.endswith("/images")}))
     write_atomic(file, save_safetensors({"images": images.contiguous()}))
     shutil.rmtree(work, ignore_errors=True)
-    return images, seconds
+    return made, seconds
+
+
+def _as_batches(images: Tensor, sources: Mapping[str, Tensor], settings: Synthesis) -> Batches:
+    """Images and sources from the files of `_synthetic_images` as the batches that synthesis made."""
+    sizes = batch_sizes(settings.num_images, settings.batch_size)
+    batches: Batches = {batch_name(k): {"images": part} for k, part in enumerate(images.split(sizes))}
+    for key, tensor in sources.items():
+        name, _, leaf = key.partition("/")
+        batches[name][leaf] = tensor
+    return batches
 
 
 def work_folder(folder: Path, job: Job, plan: Plan) -> Path:

@@ -125,7 +125,11 @@ ALONE = Group()
 
 
 def spread(
-    names: Sequence[str], make: Callable[[int], dict[str, Tensor]], finished: Pieces, group: Group
+    names: Sequence[str],
+    make: Callable[[int], dict[str, Tensor]],
+    finished: Pieces,
+    group: Group,
+    complete: Callable[[dict[str, Tensor]], bool] = bool,
 ) -> None:
     """Make the pieces that are missing in `finished`, in turns of one a process; all get all of them.
 
@@ -136,8 +140,9 @@ def spread(
         make: number of a piece -> the piece.
         finished: pieces by name; a process adds its own once it is made, those of others after the turn.
         group: the processes.
+        complete: whether a finished piece has all that it should; if not, it is made again.
     """
-    missing = [index for index, name in enumerate(names) if name not in finished]
+    missing = [i for i, name in enumerate(names) if name not in finished or not complete(finished[name])]
     for start in range(0, len(missing), group.size):
         turn = missing[start : start + group.size]
         own = turn[group.rank] if group.rank < len(turn) else None

@@ -8,6 +8,7 @@ import platform
 import shutil
 import tempfile
 import time
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -25,15 +26,13 @@ from zsq.errors import UsageError
 from zsq.evaluate import agreement, unit_signal_to_noise
 from zsq.graph.blocks import Unit, split
 from zsq.graph.capture import capture
-from zsq.graph.fold import fold_batch_norms
 from zsq.images.forward import observe
 from zsq.images.prior import input_prior
 from zsq.images.settings import Synthesis
-from zsq.images.synthesize import batch_name, batch_sizes, synthesize
+from zsq.images.synthesize import batch_name, batch_sizes, is_complete, synthesize
 from zsq.memory import cache_bytes, read_bytes
 from zsq.models import ModelSpec, Teacher, load_model
 from zsq.progress import Callback, Progress, silent
-from zsq.quant.attach import attach
 from zsq.quant.scheme import parse_bits
 from zsq.recipe import GaussianNoise, GivenImages, Recipe, describe, with_overrides
 from zsq.recipes import get_recipe
@@ -45,6 +44,7 @@ from zsq.run import (
     RECORD,
     STATE,
     Run,
+    State,
     StateFolder,
     claim_folder,
     is_run_folder,
@@ -54,9 +54,10 @@ from zsq.run import (
     write_record,
 )
 from zsq.student import stored_bytes
+from zsq.student_images import Networks, attached, check_shaping, filtered_images, refined_images, refines
 
 logger = logging.getLogger(__name__)
-State = MutableMapping[str, dict[str, Tensor]]
+Batches = MutableMapping[str, dict[str, Tensor]]
 
 
 @dataclass
@@ -115,7 +116,7 @@ def quantize(
     budget: str = "standard",
     overrides: Mapping[str, Any] | None = None,
     images: Tensor | None = None,
-    made: Tensor | None = None,
+    made: Batches | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     out: str | Path | None = None,
@@ -136,7 +137,7 @@ def quantize(
         overrides: single settings by dotted name, {"synthesis.steps": 500}.
         images: (N, C, H, W), normalised, float; for recipes that use given images, and in place of the
             synthesis of others.
-        made: what `synthesize_images` gave for the same model, recipe, budget, overrides and seed, so that a
+        made: batches that `synthesize_images` put there for the same model, synthesis and seed, so that a
             sweep over bits makes them once; the result is that of a call without it.
         seed: all randomness follows from it.
         device: where to compute.
@@ -178,9 +179,10 @@ def quantize(
     state: State = {}
     if folder is not None:
         state = _open_state(folder, identity, force=force, command=command, group=group)
-    given = images if made is None else made
+    _check_made(made or {}, settings, teacher.spec)
+    pieces = ChainMap(state, made or {})
     scratch = folder / STATE if folder is not None and folder.is_dir() else Path(tempfile.gettempdir())
-    run = _run_stages(teacher, graph, settings, given, seed, target, state, account, bound, scratch)
+    run = _run_stages(teacher, graph, settings, images, seed, target, pieces, account, bound, scratch)
     run.record = {
         "format": FORMAT,
         "status": "done",
@@ -207,8 +209,11 @@ def synthesize_images(
     model: Teacher | str | Path,
     *,
     recipe: str | Recipe = "genie",
+    bits: str | None = None,
+    ends: str | None = None,
     budget: str = "standard",
     overrides: Mapping[str, Any] | None = None,
+    made: Batches | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     out: str | Path | None = None,
@@ -218,11 +223,18 @@ def synthesize_images(
 ) -> Tensor:
     """Only the images of a recipe: (N, C, H, W), normalised as the model's input; arguments as in `quantize`.
 
+    Bits matter only to recipes that refine or choose images with the help of a student. `made`, where given,
+    is filled with the batches of synthesis, before any refinement: "images", "latents" and the generator's
+    parameters by the batch's name.
+
     Raises:
         UsageError: as for `quantize`, or a recipe that makes no images.
     """
     teacher = load_model(model)
-    settings = compose_recipe(recipe, budget=budget, overrides=overrides, input_size=teacher.spec.input_size)
+    size = teacher.spec.input_size
+    settings = compose_recipe(
+        recipe, bits=bits, ends=ends, budget=budget, overrides=overrides, input_size=size
+    )
     if isinstance(settings.synthesis, GivenImages):
         raise UsageError(f"The recipe {settings.name!r} makes no images.")
     target = _device(device)
@@ -233,7 +245,13 @@ def synthesize_images(
     if folder is not None:
         identity = _identity("synthesize", teacher, settings, None, seed, target)
         state = _open_state(folder, identity, force=force, command=None, group=group)
-    images = _make_images(graph, teacher, settings, None, seed, target, state, _Account(progress, group))
+    account, keep = _Account(progress, group), made is not None
+    images = _make_images(graph, teacher, settings, None, seed, target, state, account, keep_sources=keep)
+    if made is not None:
+        made.update({name: state[name] for name in _batch_names(settings)})
+    if refines(settings) or settings.filter is not None:
+        networks = attached(graph, settings)
+        images = _shape_images(networks, images, settings, teacher.spec, seed, state, account)
     if folder is not None:
 
         def write() -> None:
@@ -267,6 +285,7 @@ def _check_graph(graph: fx.GraphModule, settings: Recipe) -> None:
         split(graph.graph)
     except ValueError as error:
         raise UsageError(f"There is nothing to quantize in this model: {error}.") from error
+    check_shaping(settings)
     if isinstance(settings.synthesis, Synthesis):
         observe(graph)
 
@@ -286,9 +305,10 @@ def _run_stages(
     with account.timed("synthesize"):
         images = _make_images(graph, teacher, settings, given, seed, device, state, account)
     with account.timed("quantize"):
-        original = fold_batch_norms(graph)[0] if settings.fold_batch_norm else graph
-        units = split(original.graph)
-        student, quantizers = attach(original, settings.scheme)
+        networks = attached(graph, settings)
+        original, student, units = networks.original, networks.student, networks.units
+        quantizers = networks.quantizers
+    images = _shape_images(networks, images, settings, teacher.spec, seed, state, account)
     with account.timed("reconstruct"):
         learning = None if settings.scheme.is_eight_bit else settings.reconstruction
         steps = learning.steps if learning else 1
@@ -360,13 +380,10 @@ def _make_images(
     device: torch.device,
     state: State,
     account: _Account,
+    *,
+    keep_sources: bool = False,
 ) -> Tensor:
     source = settings.synthesis
-    if given is not None and not isinstance(source, GivenImages):  # made before, by the same recipe and seed
-        expected = (source.num_images, *teacher.spec.input_size)
-        if given.shape != expected:
-            raise UsageError(f"The images made before have shape {tuple(given.shape)}, expected {expected}.")
-        return given.to(device)
     if isinstance(source, GivenImages):
         assert given is not None
         count = min(source.num_images, len(given)) if source.num_images else len(given)
@@ -376,7 +393,47 @@ def _make_images(
         shape = (source.num_images, *teacher.spec.input_size)
         noise = torch.randn(shape, generator=rng_for(seed, "noise"))
         return input_prior(teacher.spec).apply(noise).to(device)
-    return _synthesize(graph, source, teacher.spec, seed, state, account).to(device)
+    keep = keep_sources or refines(settings)
+    return _synthesize(graph, source, teacher.spec, seed, state, account, keep_sources=keep).to(device)
+
+
+def _shape_images(
+    networks: Networks,
+    images: Tensor,
+    settings: Recipe,
+    spec: ModelSpec,
+    seed: int,
+    state: State,
+    account: _Account,
+) -> Tensor:
+    """What depends on a student: refinement, then the filter; the images as they are without either."""
+    if refines(settings):
+        with account.timed("refine"):
+            images = refined_images(networks, images, settings, spec, seed, state, state, account)
+    if settings.filter is not None:
+        with account.timed("filter"):
+            images = filtered_images(networks, images, settings, seed)
+    return images
+
+
+def _batch_names(settings: Recipe) -> list[str]:
+    """Names of the batches of synthesis."""
+    source = settings.synthesis
+    if not isinstance(source, Synthesis):
+        return []
+    return [batch_name(k) for k in range(len(batch_sizes(source.num_images, source.batch_size)))]
+
+
+def _check_made(made: Batches, settings: Recipe, spec: ModelSpec) -> None:
+    """Refuse batches that are not those of this recipe's synthesis."""
+    source = settings.synthesis
+    if not made or not isinstance(source, Synthesis):
+        return
+    sizes = batch_sizes(source.num_images, source.batch_size)
+    expected = {name: (n, *spec.input_size) for name, n in zip(_batch_names(settings), sizes, strict=True)}
+    got = {name: tuple(piece["images"].shape) for name, piece in made.items()}
+    if got != expected:
+        raise UsageError(f"The images made before have the shapes {got}, expected {expected}.")
 
 
 def _synthesize(
@@ -388,10 +445,12 @@ def _synthesize(
     account: _Account,
     *,
     stage: str = "synthesize",
+    keep_sources: bool = False,
 ) -> Tensor:
     sizes = batch_sizes(settings.num_images, settings.batch_size)
     names = [batch_name(index) for index in range(len(sizes))]
-    size, missing = account.group.size, [i for i, name in enumerate(names) if name not in state]
+    size = account.group.size
+    missing = [i for i, name in enumerate(names) if not is_complete(state.get(name), keep_sources)]
     if stage == "synthesize" and len(missing) % size:
         idle = size - len(missing) % size
         logger.info(
@@ -419,7 +478,7 @@ def _synthesize(
             report(index, step + 1, values)
 
     for index, name in enumerate(names):
-        if name in state:
+        if is_complete(state.get(name), keep_sources):
             report(index, settings.steps, {}, resumed=True)
     return synthesize(
         graph,
@@ -430,6 +489,7 @@ def _synthesize(
         log=log,
         prior=input_prior(spec),
         group=account.group,
+        keep_sources=keep_sources,
     )
 
 
@@ -475,7 +535,7 @@ def _with_given_images(settings: Recipe, teacher: Teacher, images: Tensor) -> Re
         )
     if isinstance(settings.synthesis, GivenImages):
         return settings
-    return replace(settings, synthesis=GivenImages(num_images=0))
+    return replace(settings, synthesis=GivenImages(num_images=0), refinement=None)
 
 
 def _identity(

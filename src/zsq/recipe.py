@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from zsq.errors import UsageError
-from zsq.images.settings import Synthesis
+from zsq.images.settings import Filter, Refinement, Synthesis
 from zsq.quant.scheme import Scheme
 
 T = TypeVar("T")
@@ -118,6 +118,8 @@ class Recipe:
         fold_batch_norm: fold BatchNorm into the layer before it, on the student's copy, where it can be.
         scheme: bits and their placement; `--bits` and `--ends` replace it.
         synthesis: where the images come from.
+        refinement: how synthetic images are moved afterwards; None leaves them. At 8 bits they stay.
+        filter: which of the images are kept; None keeps all.
         num_holdout: images made besides, used for nothing but the agreement that is reported.
         calibration: activation ranges.
         reconstruction: None to keep rounding to nearest.
@@ -128,6 +130,8 @@ class Recipe:
     fold_batch_norm: bool = False
     scheme: Scheme = field(default_factory=Scheme)
     synthesis: Source = field(default_factory=Synthesis)
+    refinement: Refinement | None = None
+    filter: Filter | None = None
     num_holdout: int = 32
     calibration: Calibration = field(default_factory=Calibration)
     reconstruction: Reconstruction | None = field(default_factory=Reconstruction)
@@ -135,6 +139,8 @@ class Recipe:
 
 def with_overrides(recipe: Recipe, overrides: typing.Mapping[str, str | int | float | bool | None]) -> Recipe:
     """Replace fields by dotted name, e.g. {"synthesis.steps": 500}; texts are read as the field's type.
+
+    A stage that the recipe does not use is put in with its defaults by "on", e.g. {"filter": "on"}.
 
     Raises:
         UsageError: an unknown field, or a value that the field cannot take.
@@ -145,11 +151,18 @@ def with_overrides(recipe: Recipe, overrides: typing.Mapping[str, str | int | fl
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as nested dictionaries that JSON can hold; a stage's kind is under "kind"."""
+    """The recipe as nested dictionaries that JSON can hold; a stage's kind is under "kind".
+
+    Optional stages that a recipe does not have (refinement, filter) are left out.
+    """
 
     def plain(value: Any) -> Any:
         if is_dataclass(value) and not isinstance(value, type):
-            body = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+            body = {
+                f.name: plain(getattr(value, f.name))
+                for f in fields(value)
+                if not (f.default is None and getattr(value, f.name) is None)
+            }
             return body if isinstance(value, Recipe) else {"kind": type(value).__name__, **body}
         return value
 
@@ -204,6 +217,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     for option in options:
         if option is type(None) and (value is None or value == "none"):
             return None
+        if is_dataclass(option) and value == "on":
+            stage: Any = option
+            return stage()
         if option is bool and str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
         if option is str and isinstance(value, str):

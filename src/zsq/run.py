@@ -67,6 +67,31 @@ def write_atomic(path: Path, content: bytes) -> None:
         ) from error
 
 
+State = MutableMapping[str, dict[str, Tensor]]
+
+
+class Prefixed(MutableMapping[str, dict[str, Tensor]]):
+    """Those pieces of a state whose names begin with a prefix, by the rest of their names."""
+
+    def __init__(self, state: State, prefix: str) -> None:
+        self._state, self._prefix = state, prefix
+
+    def __getitem__(self, key: str) -> dict[str, Tensor]:
+        return self._state[self._prefix + key]
+
+    def __setitem__(self, key: str, tensors: dict[str, Tensor]) -> None:
+        self._state[self._prefix + key] = tensors
+
+    def __delitem__(self, key: str) -> None:
+        del self._state[self._prefix + key]
+
+    def __iter__(self) -> Iterator[str]:
+        return (k.removeprefix(self._prefix) for k in self._state if k.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 class StateFolder(MutableMapping[str, dict[str, Tensor]]):
     """Finished pieces of a run on disk, one file each; a damaged piece counts as not finished.
 

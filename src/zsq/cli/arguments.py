@@ -37,6 +37,12 @@ SetOption = Annotated[
         "--set", metavar="KEY=VALUE", help="replace one setting of `zsq show RECIPE`; can be repeated"
     ),
 ]
+FilterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--filter", metavar="METHOD:N", help="keep N of the images: gradient_cover:256, or random:256"
+    ),
+]
 SeedOption = Annotated[int, typer.Option(min=0, metavar="N", help="all randomness follows from it")]
 DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="where to compute")]
 ForceOption = Annotated[bool, typer.Option("--force", help="replace an earlier run in --out")]
@@ -78,6 +84,20 @@ def read_settings(texts: Sequence[str] | None) -> dict[str, str]:
             raise UsageError(f"--set takes KEY=VALUE, for example --set synthesis.steps=500; got {text!r}.")
         found[key.strip()] = value.strip()
     return found
+
+
+def read_filter(text: str | None) -> dict[str, str]:
+    """ "gradient_cover:128" -> the settings that put this filter into a recipe; None gives none.
+
+    Raises:
+        UsageError: not a name and a whole number.
+    """
+    if text is None:
+        return {}
+    method, _, count = text.partition(":")
+    if not method.strip() or not count.strip().isdigit():
+        raise UsageError(f"--filter takes METHOD:N, for example --filter gradient_cover:256; got {text!r}.")
+    return {"filter": "on", "filter.method": method.strip(), "filter.keep": count.strip()}
 
 
 def read_numbers(text: str | None, option: str, kind: type[int] | type[float]) -> tuple[Any, ...] | None:

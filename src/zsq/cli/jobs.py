@@ -12,6 +12,7 @@ from zsq.cli.arguments import (
     DebugOption,
     DeviceOption,
     EndsOption,
+    FilterOption,
     ForceOption,
     InputSizeOption,
     JsonOption,
@@ -25,6 +26,7 @@ from zsq.cli.arguments import (
     default_out,
     is_run,
     processes,
+    read_filter,
     read_settings,
     read_teacher,
 )
@@ -59,6 +61,7 @@ def quantize(
     ends: EndsOption = None,
     budget: BudgetOption = "standard",
     settings: SetOption = None,
+    image_filter: FilterOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     out: Annotated[
@@ -90,7 +93,7 @@ def quantize(
         from zsq.data import load_images
         from zsq.run import write_record
 
-        overrides = read_settings(settings)
+        overrides = {**read_filter(image_filter), **read_settings(settings)}
         composed = zsq.compose_recipe(recipe, bits=bits, ends=ends, budget=budget, overrides=overrides)
         bits = composed.scheme.bits
         teacher = read_teacher(model, weights, input_size, mean, std)
@@ -135,8 +138,13 @@ def quantize(
 def synthesize(
     model: ModelArgument = "digits",
     recipe: RecipeOption = "genie",
+    bits: Annotated[
+        str | None, typer.Option(metavar="BITS", help="for recipes whose images depend on them: sadag")
+    ] = None,
+    ends: EndsOption = None,
     budget: BudgetOption = "standard",
     settings: SetOption = None,
+    image_filter: FilterOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     out: Annotated[
@@ -155,16 +163,18 @@ def synthesize(
     with only_result_on_stdout(), processes(device) as (group, target):
         import zsq
 
-        overrides = read_settings(settings)
-        zsq.compose_recipe(recipe, budget=budget, overrides=overrides)
+        overrides = {**read_filter(image_filter), **read_settings(settings)}
+        zsq.compose_recipe(recipe, bits=bits, ends=ends, budget=budget, overrides=overrides)
         teacher = read_teacher(model, weights, input_size, mean, std)
-        folder = out or default_out("images", teacher, recipe, "", seed)
+        folder = out or default_out("images", teacher, recipe, bits or "", seed)
         say(f"images for {teacher.name}, recipe {recipe}, budget {budget}, seed {seed} -> {folder}")
         call.hint = _goes_on(folder)
         with reported_progress(plain=as_json) as progress:
             made = zsq.synthesize_images(
                 teacher,
                 recipe=recipe,
+                bits=bits,
+                ends=ends,
                 budget=budget,
                 overrides=overrides,
                 seed=seed,

@@ -1,7 +1,7 @@
 """Settings of image synthesis."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from zsq.errors import UsageError
 
@@ -80,3 +80,99 @@ class Synthesis:
             )
         if self.precision not in ("float32", "bfloat16"):
             raise UsageError(f"synthesis.precision is {self.precision!r}. Expected float32 or bfloat16.")
+
+
+Scope = Literal["last_layer", "last_unit", "all_units"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """Move synthetic images until the student's gradients change little between each and its neighbours.
+
+    Latents and generators that synthesis has trained are trained further, batch by batch, against a student
+    that a short reconstruction on the images has made and that is thrown away afterwards.
+
+    Attributes:
+        warmup_steps: reconstruction steps a unit of that student, with the recipe's other settings.
+        warmup_lr_rounding: Adam, rounding logits of that student.
+        steps: optimizer steps a batch.
+        lr_latent: Adam, latents, at the start.
+        lr_generator: Adam, generator, at the start.
+        generator_decay: factor of `lr_generator`, applied every `generator_decay_interval` steps.
+        generator_decay_interval: see `generator_decay`.
+        plateau_factor: factor of `lr_latent` when the loss has not fallen for `plateau_patience` steps.
+        plateau_patience: see `plateau_factor`.
+        lr_latent_min: `lr_latent` never falls below it, unless it starts there.
+        bn_weight: factor of the loss of synthesis (BatchNorm and image statistics, weighed as there).
+        match_weight: factor of the gradient match between images and their neighbours.
+        diversity_weight: factor of the largest similarity of each image's gradient to that of another image.
+        diversity_threshold: similarities up to it cost nothing.
+        radius: Euclidean distance of the neighbour in the space of latents; 0 leaves the gradient match out.
+        neighbour: how the least similar neighbour is looked for: "searched" steps from a random start;
+            "published" follows the gradient at distance 0, which is rounding noise.
+        neighbour_steps: steps of "searched", each to the edge of the ball.
+        gradients: of which weights the gradients are: those of the last layer (nearly free), of the last
+            unit, or of every unit (cosines are averaged).
+        bank_size: gradients of finished images that are remembered for the diversity, the latest ones.
+    """
+
+    warmup_steps: int = 4000
+    warmup_lr_rounding: float = 1e-3
+    steps: int = 500
+    lr_latent: float = 1e-5
+    lr_generator: float = 1e-4
+    generator_decay: float = 0.95
+    generator_decay_interval: int = 100
+    plateau_factor: float = 0.1
+    plateau_patience: int = 100
+    lr_latent_min: float = 1e-6
+    bn_weight: float = 1.0
+    match_weight: float = 1.0
+    diversity_weight: float = 1.0
+    diversity_threshold: float = 0.0
+    radius: float = 1.0
+    neighbour: Literal["searched", "published"] = "searched"
+    neighbour_steps: int = 1
+    gradients: Scope = "last_layer"
+    bank_size: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_steps", "steps", "generator_decay_interval", "neighbour_steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"refinement.{name} is {getattr(self, name)}. Expected at least 1.")
+        for name in ("bn_weight", "match_weight", "diversity_weight", "radius", "bank_size"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"refinement.{name} is {getattr(self, name)}. Expected at least 0.")
+        if not 0 < self.plateau_factor < 1:
+            raise UsageError(
+                f"refinement.plateau_factor is {self.plateau_factor}. Expected a number between 0 and 1."
+            )
+        _one_of("refinement.neighbour", self.neighbour, ("searched", "published"))
+        _one_of("refinement.gradients", self.gradients, get_args(Scope))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """Keep some of the images: those whose gradients stand best for those of all.
+
+    Attributes:
+        method: "gradient_cover": greedily the image that most raises the sum over all images of the largest
+            cosine between its gradient and that of a chosen one; "random": any.
+        keep: how many; all if there are fewer.
+        gradients: of which weights, see `Refinement`; the student only has its ranges calibrated.
+    """
+
+    method: Literal["gradient_cover", "random"] = "gradient_cover"
+    keep: int = 256
+    gradients: Scope = "last_layer"
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise UsageError(f"filter.keep is {self.keep}. Expected at least 1.")
+        _one_of("filter.method", self.method, ("gradient_cover", "random"))
+        _one_of("filter.gradients", self.gradients, get_args(Scope))
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name} is {value!r}. Expected {', '.join(allowed[:-1])} or {allowed[-1]}.")

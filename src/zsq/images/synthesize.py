@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -14,7 +15,7 @@ from zsq.graph.tensors import device_of
 from zsq.images.forward import observe
 from zsq.images.losses import BatchNormStatistics, InputStatistics
 from zsq.images.prior import STANDARD, InputPrior
-from zsq.images.settings import Synthesis
+from zsq.images.settings import Refinement, Synthesis
 from zsq.images.sources import LatentGenerator
 from zsq.images.views import draw_shifts, swing
 from zsq.out_of_memory import no_room
@@ -22,8 +23,8 @@ from zsq.rng import rng_for
 
 LOGS_A_BATCH = 20
 WINDOW = 50  # steps over which the loss is averaged to see whether it still falls
-GENERATOR = "generator."  # before the names of a kept generator's parameters
 SMALLEST_BATCH = 8  # statistics of fewer images are too noisy to match
+GENERATOR = "generator."  # before the names of a kept generator's parameters
 PLATEAU_THRESHOLD = 1e-4  # relative fall of the loss that counts as progress
 
 Finished = MutableMapping[str, dict[str, Tensor]]
@@ -56,6 +57,7 @@ def synthesize(
     log: Log,
     prior: InputPrior | None = None,
     group: Group = ALONE,
+    keep_sources: bool = False,
 ) -> Tensor:
     """Images in batches that know nothing of one another; each has its own stream of `seed`.
 
@@ -68,11 +70,13 @@ def synthesize(
         input_size: (C, H, W) of the teacher's images.
         seed: batch k draws from the stream ("synthesis", k) of it, so batches can be made in any order.
         finished: {"images": ...} of finished batches by name; those found there are taken over, others added.
-            With `reuse_steps`, the first one's also has the parameters of its generator.
+            With `reuse_steps`, the first one's also has its latents and the parameters of its generator.
         log: called as log(batch name, step, steps, values) a few times a batch.
         prior: mean and deviation that the images start from and are held to; None for 0 and 1.
         group: processes that make a batch each at a time; all get all images, the same bits whatever their
             number.
+        keep_sources: keep latents and generator in `finished` too, for `batch_from_piece`; a finished batch
+            without them is made again.
 
     Returns:
         (num_images, C, H, W), normalised, float32, on the CPU.
@@ -103,13 +107,38 @@ def synthesize(
                 prior=prior,
                 start=_trained(finished[names[0]]) if follows else None,
             )
-        kept = batch.generator.state_dict() if settings.reuse_steps and index == 0 else {}
-        return {"images": batch.images.cpu(), **{f"{GENERATOR}{n}": v.cpu() for n, v in kept.items()}}
+        return piece_of(batch, keep_source=keep_sources or (settings.reuse_steps > 0 and index == 0))
+
+    def complete(piece: Mapping[str, Tensor]) -> bool:
+        return is_complete(piece, keep_sources)
 
     if settings.reuse_steps:
-        spread(names[:1], make, finished, group)
-    spread(names, make, finished, group)
+        spread(names[:1], make, finished, group, complete)
+    spread(names, make, finished, group, complete)
     return torch.cat([finished[name]["images"] for name in names])
+
+
+def is_complete(piece: Mapping[str, Tensor] | None, keep_sources: bool) -> bool:
+    """Whether a finished batch is there, and with its latents and generator if they are wanted."""
+    return piece is not None and (not keep_sources or "latents" in piece)
+
+
+def piece_of(batch: Batch, *, keep_source: bool) -> dict[str, Tensor]:
+    """A batch as tensors by name, on the CPU; without its latents and generator unless they are wanted."""
+    source = {f"{GENERATOR}{name}": tensor.cpu() for name, tensor in batch.generator.state_dict().items()}
+    kept = {"latents": batch.latents.cpu(), **source} if keep_source else {}
+    return {"images": batch.images.cpu(), **kept}
+
+
+def batch_from_piece(piece: Mapping[str, Tensor], device: torch.device) -> Batch:
+    """The batch that `piece_of` was given, with its source; on a device."""
+    latents = piece["latents"].to(device)
+    size: Any = tuple(piece["images"].shape[1:])
+    generator = LatentGenerator(size, latent_size=latents.shape[1], rng=torch.Generator())
+    generator.load_state_dict(
+        {n.removeprefix(GENERATOR): t for n, t in piece.items() if n.startswith(GENERATOR)}
+    )
+    return Batch(piece["images"].to(device), latents, generator.to(device).requires_grad_(False))
 
 
 def synthesize_batch(
@@ -227,7 +256,9 @@ class Plateau:
         lr: the learning rate, a scalar tensor that `step` overwrites.
     """
 
-    def __init__(self, lr: float, settings: Synthesis, *, patience: int, device: torch.device) -> None:
+    def __init__(
+        self, lr: float, settings: Synthesis | Refinement, *, patience: int, device: torch.device
+    ) -> None:
         self._factor, self._min, self._patience = settings.plateau_factor, settings.lr_latent_min, patience
         self.lr = torch.tensor(lr, device=device)
         self._best = torch.tensor(torch.inf, device=device)

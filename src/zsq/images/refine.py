@@ -1,0 +1,264 @@
+"""Refine synthetic images against a student: gradients that hold in the neighbourhood of every image."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, MutableMapping
+
+import torch
+from torch import Tensor, fx
+
+from zsq.errors import JobError
+from zsq.graph.tensors import device_of
+from zsq.images.forward import Observer, observe
+from zsq.images.gradients import (
+    Gradients,
+    Probe,
+    detached,
+    directions,
+    diversity,
+    gradient_match,
+    joined,
+    similarity,
+)
+from zsq.images.losses import BatchNormStatistics, InputStatistics
+from zsq.images.prior import STANDARD, InputPrior
+from zsq.images.settings import Refinement, Synthesis
+from zsq.images.synthesize import LOGS_A_BATCH, Batch, Plateau
+from zsq.rng import rng_for
+
+START = 0.1  # length of the random start of a neighbour search, relative to the radius
+PUBLISHED_OFFSET = 1e-9
+
+Finished = MutableMapping[str, dict[str, Tensor]]
+Log = Callable[[str, int, dict[str, float]], None]
+
+
+def refine(
+    teacher: fx.GraphModule,
+    probe: Probe,
+    batches: Iterable[Callable[[], Batch]],
+    settings: Refinement,
+    synthesis: Synthesis,
+    *,
+    seed: int,
+    finished: Finished,
+    log: Log,
+    prior: InputPrior | None = None,
+) -> Tensor:
+    """Refine batch after batch; each sees the gradients of the images finished before it.
+
+    Args:
+        teacher: captured network with its BatchNorm layers; untouched.
+        probe: gradients with respect to a frozen student, from `gradient_probe`.
+        batches: what synthesis made, in order; a batch is asked for when it is its turn.
+        settings: how.
+        synthesis: how the batches were made: precision of the generators, weights of the losses. Teacher and
+            student run in float32: in bfloat16 the slope of the match points elsewhere (cosine 0.25 with that
+            of float32, cifar100_resnet20s, W2A4).
+        seed: batch k draws from the stream ("refinement", k) of it.
+        finished: images and directions of finished batches by name; those found there are taken over, others
+            added.
+        log: called as log(batch name, step, values) a few times a batch.
+        prior: as synthesis had it.
+
+    Returns:
+        (num_images, C, H, W), normalised, float32, on the CPU.
+
+    Raises:
+        UsageError: the teacher has no BatchNorm, and the loss of synthesis has a weight.
+        JobError: the optimisation diverged.
+    """
+    images: list[Tensor] = []
+    bank: Gradients | None = None
+    device = device_of(teacher)
+    observer = observe(teacher, logits=True)
+    for index, batch in enumerate(batches):
+        name = refined_name(index)
+        piece = finished.get(name)
+        if piece is None:
+            result, found = refine_batch(
+                observer,
+                probe,
+                batch(),
+                settings,
+                synthesis,
+                bank=bank,
+                rng=rng_for(seed, "refinement", index),
+                log=lambda step, values, name=name: log(name, step, values),  # type: ignore[misc]
+                prior=prior,
+            )
+            piece = finished[name] = {"images": result.cpu(), **_named(found)}
+        images.append(piece["images"])
+        bank = _remembered(bank, _gradients(piece, device), settings.bank_size)
+    return torch.cat(images)
+
+
+def refine_batch(
+    observer: Observer,
+    probe: Probe,
+    batch: Batch,
+    settings: Refinement,
+    synthesis: Synthesis,
+    *,
+    bank: Gradients | None,
+    rng: torch.Generator,
+    log: Callable[[int, dict[str, float]], None],
+    prior: InputPrior | None = None,
+) -> tuple[Tensor, Gradients]:
+    """Train a copy of a batch's latents and generator further.
+
+    Loss, each part with its weight: that of synthesis on the images, the teacher as it is (no swing);
+    `gradient_match` with the neighbours that the same generator makes of latents at `radius`; `diversity`.
+    The neighbours' offsets are constants, the gradient passes through both members of a pair.
+
+    Args:
+        observer: the teacher, with logits.
+        probe: see `refine`.
+        batch: left as it is.
+        settings, synthesis, prior: see `refine`.
+        bank: directions of finished images, without history; None if there are none.
+        rng: on the CPU; draws the starts of the neighbour searches.
+        log: called as log(step, values) about 20 times.
+
+    Returns:
+        images (N, C, H, W) of the latents and the generator after the last step, and their directions.
+
+    Raises:
+        JobError: the optimisation diverged.
+
+    Source: SADAG (arXiv:2510.07018) and its code.
+    """
+    latents = batch.latents.clone().requires_grad_()
+    device, prior = latents.device, prior or STANDARD
+    generator = copy.deepcopy(batch.generator).requires_grad_(True)
+    parameters = [latents, *generator.parameters()]
+    plateau = Plateau(settings.lr_latent, settings, patience=settings.plateau_patience, device=device)
+    optimizer = torch.optim.Adam(
+        [
+            {"params": parameters[:1], "lr": plateau.lr},  # read anew in every step
+            {"params": parameters[1:], "lr": settings.lr_generator},
+        ],
+        fused=True,
+    )
+    bn_statistics, input_statistics = BatchNormStatistics(), InputStatistics(prior)
+    reduced = synthesis.precision == "bfloat16"
+
+    def images_at(point: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
+            images = prior.apply(generator(point))
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def directions_at(point: Tensor) -> Gradients:
+        return directions(probe(images_at(point), None))
+
+    matching = settings.match_weight > 0 and settings.radius > 0
+    log_every = math.ceil(settings.steps / LOGS_A_BATCH)
+    for step in range(settings.steps):
+        parts: dict[str, tuple[float, Tensor]] = {}
+        forward = observer(images_at(latents))
+        if settings.bn_weight > 0:
+            image_loss = synthesis.image_weight * input_statistics(forward)
+            parts["bn"] = settings.bn_weight, synthesis.bn_weight * bn_statistics(forward) + image_loss
+        if matching or settings.diversity_weight > 0:
+            own = directions(probe(forward.images, forward.logits))
+        if matching:
+            offsets = find_neighbours(latents.detach(), directions_at, detached(own), settings, rng)
+            match = gradient_match(own, directions_at(latents + offsets))
+            parts["match"] = settings.match_weight, match
+        if settings.diversity_weight > 0:
+            spread = diversity(own, bank, threshold=settings.diversity_threshold)
+            parts["diversity"] = settings.diversity_weight, spread
+        if not parts:
+            break
+        loss = torch.stack([weight * part for weight, part in parts.values()]).sum()
+        optimizer.zero_grad()
+        loss.backward(inputs=parameters)
+        optimizer.step()
+        plateau.step(loss.detach())
+        if (step + 1) % settings.generator_decay_interval == 0:
+            optimizer.param_groups[1]["lr"] *= settings.generator_decay
+        if step % log_every == 0 or step == settings.steps - 1:
+            log(step, {"loss": loss.item(), **{name: part.item() for name, (_, part) in parts.items()}})
+    with torch.no_grad():
+        images = images_at(latents)
+        found = directions(probe(images, None))
+    if not images.isfinite().all():
+        raise JobError(
+            "The refinement of images diverged: some pixels are not finite. Try a smaller "
+            f"refinement.lr_latent (now {settings.lr_latent}) or refinement.lr_generator (now "
+            f"{settings.lr_generator})."
+        )
+    return images.contiguous(), found
+
+
+def find_neighbours(
+    latents: Tensor,
+    directions_at: Callable[[Tensor], Gradients],
+    own: Gradients,
+    settings: Refinement,
+    rng: torch.Generator,
+) -> Tensor:
+    """Offsets of length `radius`, one a latent, at which the gradients are the least similar to `own`.
+
+    "searched": from a random offset of a tenth of the radius, each step goes to the edge of the ball against
+    the slope of the similarity. At offset 0 the slope is exactly 0, as the similarity is largest there.
+    "published": one such step from offset 0, with 1e-9 added to the anchor; its direction is rounding noise.
+
+    All offsets are tried at once: the generator normalises by batch, so that images depend on all latents.
+
+    Args:
+        latents: (N, L), no gradient.
+        directions_at: latents -> directions.
+        own: directions at `latents`, without history.
+        settings: radius, kind of search and number of steps.
+        rng: on the CPU.
+
+    Returns:
+        (N, L), no gradient. Where the similarity has no slope, the offset is the random one at full length.
+    """
+    drawn = torch.randn(latents.shape, generator=rng).to(latents.device)
+    start = drawn / drawn.norm(dim=1, keepdim=True)
+    published = settings.neighbour == "published"
+    if published:
+        own = tuple(tuple(factor + PUBLISHED_OFFSET for factor in piece) for piece in own)
+    offsets = torch.zeros_like(start) if published else START * settings.radius * start
+    for _ in range(1 if published else settings.neighbour_steps):
+        offsets.requires_grad_()
+        similarities = similarity(directions_at(latents + offsets), own)
+        (slope,) = torch.autograd.grad(similarities.sum(), offsets)
+        length = slope.norm(dim=1, keepdim=True)
+        downhill = torch.where(length > 0, -slope / length, start)
+        offsets = settings.radius * downhill
+    return offsets
+
+
+def refined_name(index: int) -> str:
+    """Under which a refined batch is kept once it is finished."""
+    return f"refined-{index:03d}"
+
+
+def _remembered(bank: Gradients | None, new: Gradients, size: int) -> Gradients | None:
+    """The bank with the directions of another batch, at most `size` of them; None if it is empty."""
+    found = new if bank is None else joined([bank, new])
+    if size == 0:
+        return None
+    return tuple(tuple(factor[-size:].clone() for factor in piece) for piece in found)
+
+
+def _named(gradients: Gradients) -> dict[str, Tensor]:
+    return {
+        f"direction.{piece}.{factor}": tensor
+        for piece, factors in enumerate(gradients)
+        for factor, tensor in enumerate(factors)
+    }
+
+
+def _gradients(piece: dict[str, Tensor], device: torch.device) -> Gradients:
+    """What `_named` was given."""
+    found: list[list[Tensor]] = []
+    keys = (tuple(map(int, key.split(".")[1:])) for key in piece if key.startswith("direction."))
+    for index, factor in sorted(keys):
+        if factor == 0:
+            found.append([])
+        found[index].append(piece[f"direction.{index}.{factor}"].to(device))
+    return tuple(tuple(factors) for factors in found)
