@@ -13,6 +13,7 @@ from zsq.budget import (
     MAX_REFINEMENT_FACTOR,
     REFINEMENT_COUNTS,
     TRAVEL,
+    TRAVEL_OF_4_BITS,
     with_budget,
 )
 from zsq.errors import UsageError
@@ -198,7 +199,7 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
         assert published is not None
         rate = scaled.reconstruction.lr_rounding
         assert published.lr_rounding < rate <= MAX_LR_ROUNDING
-        assert rate * reconstruction_steps == pytest.approx(TRAVEL)
+        assert rate * reconstruction_steps == pytest.approx(TRAVEL_OF_4_BITS)
         assert replace(scaled.reconstruction, steps=published.steps, lr_rounding=1e-3) == published
     if scaled.refinement is not None and recipe.refinement is not None:
         counts = (scaled.refinement.steps, scaled.refinement.warmup_steps)
@@ -208,6 +209,15 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
         assert factor == pytest.approx(min(500 / counts[0], MAX_REFINEMENT_FACTOR))
     published_stages = {name: getattr(recipe, name) for name in ("synthesis", "refinement", "reconstruction")}
     assert replace(scaled, **published_stages) == recipe
+
+
+def test_fewer_bits_round_at_a_larger_rate() -> None:
+    rates = []
+    for bits in ("W2A4", "W3A3", "W4A4", "W5A4"):
+        learning = compose_recipe("genie", bits=bits, budget="standard").reconstruction
+        assert learning is not None
+        rates.append(learning.lr_rounding * learning.steps)
+    assert rates == pytest.approx([TRAVEL, TRAVEL, TRAVEL_OF_4_BITS, TRAVEL_OF_4_BITS])
 
 
 def test_budgets_grow() -> None:
