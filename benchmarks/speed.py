@@ -85,7 +85,8 @@ def tables(report: dict[str, Any]) -> str:
         cells = [entry["stage"], entry["precision"]]
         for name in ("seconds_a_step", "seconds"):
             cells += [f"{a[name]:.4g}", f"{b[name]:.4g}", f"{a[name] / b[name]:.2f}"]
-        cells += [f"{side[key]:.4g}" for key in ("mib", "loss") for side in (a, b)]
+        cells += ["" if math.isnan(side["mib"]) else f"{side['mib']:.0f}" for side in (a, b)]
+        cells += [f"{side['loss']:.4g}" for side in (a, b)]
         lines.append(f"| {' | '.join(cells)} |")
     peaks = report["peaks"]
     known = ", ".join(f"{name} product {value / 1e9:.4g} GMAC/s" for name, value in peaks["gemm"].items())
@@ -135,7 +136,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
         for side in SIDES:
             which = side, entry["stage"], entry["precision"]
             entry[side].update(asdict(yardstick.work(*which)))
-            entry[side]["mib"] = peak_memory(arguments, *which) if not options.no_memory else math.nan
+            entry[side]["mib"] = math.nan if options.no_memory else peak_memory(arguments, *which)
     used = {"float32", *precisions}
     return {
         "command": shlex.join(["python", "benchmarks/speed.py", *arguments]),
