@@ -33,20 +33,12 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 Losses = dict[str, float]
 
 
-class SwingConv(nn.Module):
-    """A strided convolution whose input is padded by reflection and cut back at a random place."""
-
-    def __init__(self, conv: nn.Conv2d, rng: torch.Generator) -> None:
-        super().__init__()
-        self.conv, self.rng = conv, rng
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> what the convolution makes of the shifted input."""
-        height, width = x.shape[-2:]
-        top, left = torch.randint(3, (2,), generator=self.rng).tolist()
-        padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
-        y: Tensor = self.conv(padded[:, :, top : top + height, left : left + width])
-        return y
+def swung(x: Tensor, rng: torch.Generator) -> Tensor:
+    """The input (N, C, H, W) of a swing convolution: padded by reflection, cut back at a random place."""
+    height, width = x.shape[-2:]
+    top, left = torch.randint(3, (2,), generator=rng).tolist()
+    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    return padded[:, :, top : top + height, left : left + width]
 
 
 def published_generator(start: LatentGenerator) -> nn.Sequential:
@@ -96,9 +88,9 @@ def synthesis(
         device: where to compute.
     """
     teacher = copy.deepcopy(network).to(device).eval().requires_grad_(True)
-    for name, module in list(teacher.named_modules()):
+    for module in teacher.modules():
         if settings.swing and isinstance(module, nn.Conv2d) and any(s != 1 for s in module.stride):
-            teacher.set_submodule(name, SwingConv(module, rng))
+            module.register_forward_pre_hook(lambda _, inputs: swung(inputs[0], rng))
     seen: list[tuple[Any, Tensor]] = []
     for module in teacher.modules():
         if isinstance(module, NORMS):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from work import median, peak_copy, peak_gemm
+from work import median, peak_copy, peak_macs
 from yardstick import SIDES, Clocked, Precision, Yardstick
 
 from zsq.allocator import keep_freed_memory
@@ -89,10 +89,11 @@ def tables(report: dict[str, Any]) -> str:
         cells += [f"{side['loss']:.4g}" for side in (a, b)]
         lines.append(f"| {' | '.join(cells)} |")
     peaks = report["peaks"]
-    known = ", ".join(f"{name} product {value / 1e9:.4g} GMAC/s" for name, value in peaks["gemm"].items())
+    known = ", ".join(f"{name} {value / 1e9:.4g} GMAC/s" for name, value in peaks["macs"].items())
     lines += [
         "",
-        f"Measured peaks: {known}, copy {peaks['copy'] / 1e9:.4g} GB/s.",
+        f"Measured peaks (the faster of a matrix product and a convolution): {known}; "
+        f"copy {peaks['copy'] / 1e9:.4g} GB/s.",
         "",
         "| stage | program | precision | GMAC/step | GB/step | GMAC/s | of peak | GB/s | of copy |",
         "|---|---|---|" + "---:|" * 6,
@@ -104,7 +105,7 @@ def tables(report: dict[str, Any]) -> str:
             macs, moved = (values[key] / values["seconds_a_step"] / 1e9 for key in ("macs", "moved"))
             lines.append(
                 f"| {entry['stage']} | {side} | {precision} | {values['macs'] / 1e9:.4g} | "
-                f"{values['moved'] / 1e9:.4g} | {macs:.4g} | {macs * 1e9 / peaks['gemm'][precision]:.0%} | "
+                f"{values['moved'] / 1e9:.4g} | {macs:.4g} | {macs * 1e9 / peaks['macs'][precision]:.0%} | "
                 f"{moved:.4g} | {moved * 1e9 / peaks['copy']:.0%} |"
             )
     return "\n".join(lines)
@@ -151,7 +152,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
         "torch": torch.__version__,
         "rows": rows,
         "peaks": {
-            "gemm": {name: peak_gemm(getattr(torch, name), yardstick.device) for name in sorted(used)},
+            "macs": {name: peak_macs(getattr(torch, name), yardstick.device) for name in sorted(used)},
             "copy": peak_copy(yardstick.device),
         },
     }

@@ -56,10 +56,21 @@ def count_work(program: Callable[[], Any]) -> Work:
     return Work(macs=counter.macs, moved=counter.moved)
 
 
-def peak_gemm(dtype: torch.dtype, device: torch.device) -> float:
-    """Multiplications with addition a second of a product of two square matrices, the best of several."""
+def peak_macs(dtype: torch.dtype, device: torch.device) -> float:
+    """Multiplications with addition a second, the best of several runs of two things.
+
+    A product of two square matrices and a 3x3 convolution of many channels: the libraries behind them differ,
+    and on some processors the second is faster.
+    """
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype) for _ in range(2))
-    return GEMM_SIZE**3 / _fastest(lambda: a @ b, device)
+    product = GEMM_SIZE**3 / _fastest(lambda: a @ b, device)
+    side, channels = GEMM_SIZE // 16, GEMM_SIZE // 16
+    images = torch.randn(1, channels, side, side, device=device).to(dtype)
+    images = images.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype)
+    macs = 9 * images.numel() * channels
+    with torch.no_grad():
+        return max(product, macs / _fastest(lambda: torch.conv2d(images, weight, padding=1), device))
 
 
 def peak_copy(device: torch.device) -> float:
