@@ -46,7 +46,8 @@ class Builder:
 
     def op(self, kind: str, *inputs: "ir.Value | None", name: str, **attributes: Any) -> "ir.Value":
         """A node with one output, which is called `name`."""
-        return self.ops(kind, *inputs, names=[name], **attributes)[0]
+        value: ir.Value = self.ops(kind, *inputs, names=[name], **attributes)[0]
+        return value
 
     def ops(
         self, kind: str, *inputs: "ir.Value | None", names: Sequence[str], **attributes: Any
@@ -54,7 +55,11 @@ class Builder:
         """A node with several outputs."""
         outputs = [self._ir.Value(name=self.unique(name)) for name in names]
         node = self._ir.node(
-            kind, inputs=list(inputs), attributes=attributes, outputs=outputs, name=f"{kind}_{outputs[0].name}"
+            kind,
+            inputs=list(inputs),
+            attributes=attributes,
+            outputs=outputs,
+            name=f"{kind}_{outputs[0].name}",
         )
         self.nodes.append(node)
         return outputs
@@ -103,7 +108,7 @@ class Builder:
         return self.op(
             "DequantizeLinear",
             self.codes(stored.codes, stored, f"{name}.codes"),
-            self.tensor(scale, f"{name}.scale"),
+            self.tensor(scale / stored.finer, f"{name}.scale"),
             self.codes(stored.zero_point, stored, f"{name}.zero_point"),
             name=f"{name}.weight",
             axis=axis,
@@ -112,7 +117,7 @@ class Builder:
     def quantized_activation(
         self, x: "ir.Value", stored: StoredCodes, scale: Tensor, name: str
     ) -> "ir.Value":
-        """`x` through its quantizer. Codes that the container has but the quantizer has not are clipped before.
+        """`x` through its quantizer; codes that the container has but the quantizer has not are clipped.
 
         In an `exact` file the clip is there even if the container clips by itself: ONNX Runtime 1.31 drops a
         ReLU before a 4-bit QuantizeLinear whatever its zero point, does not load a Clip before one, turns the

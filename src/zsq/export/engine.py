@@ -70,8 +70,9 @@ class EngineModel(nn.Module):
                 enable_fallback=0,  # it prints, and there is nothing to fall back to
             )
         except Exception as error:  # its exceptions share no base class
+            reason = " ".join(str(error).split())[:300]
             raise JobError(
-                f"ONNX Runtime {runtime.__version__} does not load the network: {' '.join(str(error).split())[:300]}"
+                f"ONNX Runtime {runtime.__version__} does not load the network: {reason}"
             ) from error
         self.outputs = [output.name for output in self._session.get_outputs()]
         self._input = self._session.get_inputs()[0]

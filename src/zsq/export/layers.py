@@ -1,6 +1,6 @@
 """ONNX for ATen's convolutions, linear layers, norms, pools and resizing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,12 +31,20 @@ def weight_value(b: Builder, weight: Any, *, transposed: bool = False) -> "ir.Va
     stored = weight.stored
     if not transposed:
         return b.dequantized_weight(stored, weight.scale, weight.axis, weight.name)
-    turned = StoredCodes(stored.codes.t().contiguous(), stored.zero_point, stored.width, stored.signed)
+    turned = replace(stored, codes=stored.codes.t().contiguous())
     return b.dequantized_weight(turned, weight.scale, 1 - weight.axis, weight.name)
 
 
 def convolution(
-    b: Builder, node: fx.Node, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
+    b: Builder,
+    node: fx.Node,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
 ) -> Any:
     """aten.conv{1,2,3}d; a bias stays in float, inside the convolution."""
     kernel = _weight_shape(node)[2:]
@@ -117,11 +125,16 @@ def batch_norm(
     if affine is None or training:
         raise UsageError(f"The BatchNorm {node.name} has no stored statistics, so it cannot be exported.")
     shape = [-1] + [1] * (len(node.meta["shape"]) - 2)
-    factor, shift = (b.tensor(t.float().view(shape), f"{node.name}.{n}") for t, n in zip(affine, ("factor", "shift"), strict=True))
+    factor, shift = (
+        b.tensor(t.float().view(shape), f"{node.name}.{n}")
+        for t, n in zip(affine, ("factor", "shift"), strict=True)
+    )
     return b.op("Add", b.op("Mul", x, factor, name=f"{node.name}.scaled"), shift, name=node.name)
 
 
-def layer_norm(b: Builder, node: fx.Node, x: Any, shape: Any, weight: Any, bias: Any, eps: float, *_: Any) -> Any:
+def layer_norm(
+    b: Builder, node: fx.Node, x: Any, shape: Any, weight: Any, bias: Any, eps: float, *_: Any
+) -> Any:
     """aten.layer_norm."""
     size = as_integers(shape)
     if weight is None:
@@ -130,7 +143,9 @@ def layer_norm(b: Builder, node: fx.Node, x: Any, shape: Any, weight: Any, bias:
     return b.op("LayerNormalization", *inputs, name=node.name, axis=-len(size), epsilon=eps)
 
 
-def group_norm(b: Builder, node: fx.Node, x: Any, groups: int, weight: Any, bias: Any, eps: float, *_: Any) -> Any:
+def group_norm(
+    b: Builder, node: fx.Node, x: Any, groups: int, weight: Any, bias: Any, eps: float, *_: Any
+) -> Any:
     """aten.group_norm."""
     channels = node.meta["shape"][1]
     weight = b.tensor(torch.ones(channels), f"{node.name}.ones") if weight is None else weight
@@ -195,7 +210,9 @@ def adaptive_avg_pool(b: Builder, node: fx.Node, x: Any, size: Any) -> Any:
 
 def resize_nearest(b: Builder, node: fx.Node, x: Any, *_: Any) -> Any:
     """aten.upsample_nearest2d: output pixel i reads input pixel floor(i * in / out)."""
-    return _resize(b, node, x, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
+    return _resize(
+        b, node, x, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"
+    )
 
 
 def resize_bilinear(b: Builder, node: fx.Node, x: Any, _: Any, align_corners: bool, *__: Any) -> Any:

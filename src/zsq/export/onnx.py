@@ -138,7 +138,9 @@ def lower(
         if node.op == "placeholder":
             shape = node.meta["shape"]
             values[node] = ir.Value(
-                name=b.unique("images"), shape=ir.Shape(["batch", *shape[1:]]), type=ir.TensorType(ir.DataType.FLOAT)
+                name=b.unique("images"),
+                shape=ir.Shape(["batch", *shape[1:]]),
+                type=ir.TensorType(ir.DataType.FLOAT),
             )
             node.meta["value"] = values[node]
             inputs.append(values[node])
@@ -189,7 +191,9 @@ def serialized(model: "ir.Model") -> bytes:
         onnx.checker.check_model(content, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = " ".join(str(error).split())
-        raise JobError(f"ONNX's checker refuses the exported model, so no file was written: {reason}") from error
+        raise JobError(
+            f"ONNX's checker refuses the exported model, so no file was written: {reason}"
+        ) from error
     return content
 
 
@@ -225,7 +229,9 @@ def _outputs(b: Builder, ir: Any, values: list[Any], shapes: list[Any]) -> list[
     found = []
     for name, value, shape in zip(names, values, shapes, strict=True):
         output = b.op("Identity", value, name=name)
-        output.shape = ir.Shape(["batch" if size is None and i == 0 else size for i, size in enumerate(shape)])
+        output.shape = ir.Shape(
+            ["batch" if size is None and i == 0 else size for i, size in enumerate(shape)]
+        )
         output.type = ir.TensorType(ir.DataType.FLOAT)
         found.append(output)
     return found

@@ -58,7 +58,11 @@ def _clamp(b: Builder, node: fx.Node, x: Any, low: Any = None, high: Any = None)
         bounds = [None if bound is None else b.number(bound) for bound in (low, high)]
         return b.op("Clip", x, *(bounds[:1] if bounds[1] is None else bounds), name=node.name)
     if low is not None:
-        x = b.op("Relu", x, name=f"{node.name}.low") if low == 0 else b.op("Max", x, b.number(low), name=f"{node.name}.low")
+        x = (
+            b.op("Relu", x, name=f"{node.name}.low")
+            if low == 0
+            else b.op("Max", x, b.number(low), name=f"{node.name}.low")
+        )
     return x if high is None else b.op("Min", x, b.number(high), name=node.name)
 
 
@@ -90,14 +94,25 @@ def _softmax(b: Builder, node: fx.Node, x: Any, dim: int, *_: Any) -> Any:
 
 
 def _attention(
-    b: Builder, node: fx.Node, q: Any, k: Any, v: Any, mask: Any, drop: float, causal: bool, scale: Any, grouped: bool
+    b: Builder,
+    node: fx.Node,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    drop: float,
+    causal: bool,
+    scale: Any,
+    grouped: bool,
 ) -> Any:
     """softmax(q k^T scale + mask) v over the last two axes."""
     shape = node.args[0].meta["shape"]  # type: ignore[union-attr]
     if causal or grouped:
         raise UsageError(f"The attention {node.name} is causal or grouped, which cannot be exported.")
     order = [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]
-    scaled = b.op("Mul", q, b.number(shape[-1] ** -0.5 if scale is None else scale), name=f"{node.name}.query")
+    scaled = b.op(
+        "Mul", q, b.number(shape[-1] ** -0.5 if scale is None else scale), name=f"{node.name}.query"
+    )
     turned = b.op("Transpose", k, name=f"{node.name}.key", perm=order)
     scores = b.op("MatMul", scaled, turned, name=f"{node.name}.scores")
     if mask is not None:
@@ -173,7 +188,9 @@ def _expand(b: Builder, node: fx.Node, x: Any, *_: Any) -> Any:
     """Repeat along axes of size 1; the batch size is read off the images."""
     shape = node.meta["shape"]
     if shape.count(None) > 1 or None in shape[1:]:
-        raise UsageError(f"The operation {node.name} repeats a tensor in an unknown number, which cannot be exported.")
+        raise UsageError(
+            f"The operation {node.name} repeats a tensor in an unknown number, which cannot be exported."
+        )
     if None not in shape:
         return b.op("Expand", x, b.integers(list(shape)), name=node.name)
     image = next(n for n in node.graph.nodes if n.op == "placeholder")
@@ -289,8 +306,8 @@ def emit(b: Builder, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     emitter = EMITTERS.get(node.target)
     if emitter is None:
         raise UsageError(
-            f"The model uses the operation {node.target} (node {node.name}), which zsq cannot export to ONNX. "
-            "Replace it in the model by supported ones (convolution, linear, norms, pools, usual "
+            f"The model uses the operation {node.target} (node {node.name}), which zsq cannot export to ONNX."
+            " Replace it in the model by supported ones (convolution, linear, norms, pools, usual "
             "nonlinearities, arithmetic and reshapes), or use the run in PyTorch: zsq.load_run(RUN).student."
         )
     return emitter(b, node, *_arguments(node, values))

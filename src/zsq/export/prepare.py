@@ -1,4 +1,4 @@
-"""The student as it is exported: shapes known, BatchNorm inside the quantizers, zero points as the target wants."""
+"""The student as it is exported: shapes known, BatchNorm folded, zero points as the target wants them."""
 
 import copy
 from typing import Any
@@ -49,11 +49,13 @@ def _check_ranges(student: fx.GraphModule) -> None:
             scale = module.scale.detach()
             zero_point = module.zero_point.detach().float()
             highest = 2**module.bits - 1
-            whole = bool(((zero_point == zero_point.round()) & (zero_point >= 0) & (zero_point <= highest)).all())
+            whole = bool(
+                ((zero_point == zero_point.round()) & (zero_point >= 0) & (zero_point <= highest)).all()
+            )
             if not (bool((torch.isfinite(scale) & (scale > 0)).all()) and whole):
                 raise UsageError(
                     f"The quantizer {name} has no usable range (scale {scale.flatten()[0]:g}, zero point "
-                    f"{zero_point.flatten()[0]:g}): the run is damaged or was never calibrated. Quantize again."
+                    f"{zero_point.flatten()[0]:g}): the run is damaged or was not calibrated. Quantize again."
                 )
 
 
@@ -132,7 +134,7 @@ def _fold_batch_norms(module: fx.GraphModule) -> list[str]:
 
 def _float_note(kept: list[str]) -> str:
     shown = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
-    return f"{len(kept)} BatchNorms follow no layer directly and stay as float multiplications and additions: {shown}"
+    return f"{len(kept)} BatchNorms follow no layer directly and stay as float operations: {shown}"
 
 
 def batch_norm_affine(module: fx.GraphModule, norm: fx.Node) -> tuple[Tensor, Tensor]:
@@ -150,7 +152,7 @@ def batch_norm_affine(module: fx.GraphModule, norm: fx.Node) -> tuple[Tensor, Te
 
 
 def _own_quantizer(module: fx.GraphModule, layer: fx.Node) -> WeightQuantizer | None:
-    """The quantizer of a layer's weight, if it serves this layer alone and counts channels as BatchNorm does."""
+    """The quantizer of a layer's weight, if it serves this layer alone and has a scale for each channel."""
     call = layer.args[1]
     assert isinstance(call, fx.Node)
     if call.op != "call_module" or len(call.users) != 1:
@@ -165,7 +167,7 @@ def _own_quantizer(module: fx.GraphModule, layer: fx.Node) -> WeightQuantizer | 
 
 @torch.no_grad()
 def scale_channels(quantizer: WeightQuantizer, factor: Tensor) -> None:
-    """Multiply a quantized weight by one number an output channel, (C,), in place and without rounding codes."""
+    """Multiply a quantized weight by one number an output channel, (C,), in place; no code is rounded."""
     scale = (quantizer.scale.double() * factor.abs()).float()
     codes, zero_point = quantizer.codes, quantizer.zero_point
     highest = 2**quantizer.bits - 1
@@ -183,7 +185,7 @@ def scale_channels(quantizer: WeightQuantizer, factor: Tensor) -> None:
 
 @torch.no_grad()
 def _make_symmetrical(module: fx.GraphModule) -> list[str]:
-    """Requantize what does not fit in signed bytes around 0; that is what changes the numbers, and it is said."""
+    """Round again what does not fit in signed bytes around 0. This changes the network, which is said."""
     changed = []
     for name, quantizer in list(module.named_modules()):
         if not isinstance(quantizer, (ActivationQuantizer, WeightQuantizer)):

@@ -1,4 +1,4 @@
-"""What engines want: sign and form of quantized numbers, containers, operator set. Data, no branches elsewhere."""
+"""What engines want: form of quantized numbers, containers, operator set. Data, no branches elsewhere."""
 
 from dataclasses import dataclass, field
 

@@ -14,10 +14,12 @@ from zsq.export.builder import EXTRA
 from zsq.export.engine import LEVELS, EngineModel, SessionOptions
 from zsq.graph.capture import LAYERS
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
+from zsq.quant.scheme import MOVES
 
 NUM_IMAGES, CHUNK = 128, 32
 MAX_ERROR = 0.02  # relative root mean square of an output's difference, beyond which a file is refused
 MAX_DISAGREEMENT = 0.01  # share of positions whose class differs, likewise
+NEAR_TIES = 2  # positions that may differ in any case, however few there are
 ROUNDING = 5.0  # both may be this many times what float32 itself changes (float32 against float64)
 FALLBACKS = (  # session options that are tried in turn when the defaults do not work
     SessionOptions(),
@@ -33,6 +35,7 @@ class OutputDifference:
 
     Attributes:
         name: of the output.
+        positions: how many classes it names: images, times positions for a map.
         argmax_agreement: share of positions, in percent, at which both name the same class (axis 1); None
             without classes.
         max_steps, mean_steps: absolute difference, counted in the largest change of that output which one
@@ -43,6 +46,7 @@ class OutputDifference:
     """
 
     name: str
+    positions: int
     argmax_agreement: float | None
     max_steps: float | None
     mean_steps: float | None
@@ -57,7 +61,9 @@ class OutputDifference:
             return False
         if self.argmax_agreement is None or self.rounding_agreement is None:
             return True
-        allowed = max(MAX_DISAGREEMENT, ROUNDING * (1 - self.rounding_agreement / 100))
+        allowed = max(
+            MAX_DISAGREEMENT, ROUNDING * (1 - self.rounding_agreement / 100), NEAR_TIES / self.positions
+        )
         return 1 - self.argmax_agreement / 100 <= allowed
 
 
@@ -175,6 +181,7 @@ def _difference(
     gap = (got - wanted).abs()
     return OutputDifference(
         name=name,
+        positions=wanted[:, 0].numel() if wanted.ndim > 1 else len(wanted),
         argmax_agreement=_argmax_agreement(got, wanted),
         max_steps=None if step is None else float(gap.max()) / step,
         mean_steps=None if step is None else float(gap.mean()) / step,
@@ -202,7 +209,10 @@ def _output_step(student: fx.GraphModule, node: fx.Node) -> float | None:
         node = node.all_input_nodes[0]
     if node.op != "call_function" or node.target not in LAYERS:
         return None
-    source, weight = (_called(student, argument) for argument in node.args[:2])
+    tensor: Any = node.args[0]
+    while isinstance(tensor, fx.Node) and tensor.target in MOVES:
+        tensor = tensor.args[0]
+    source, weight = _called(student, tensor), _called(student, node.args[1])
     if not isinstance(source, ActivationQuantizer) or not isinstance(weight, WeightQuantizer):
         return None
     return float(source.scale * weight().abs().max()) or None
@@ -223,9 +233,10 @@ def _refusal(
     node = first_difference(content, options, reference.student, reference.images)
     where = f"They part at the node {node}. " if node else "No single node could be named. "
     return (
-        f"The exported file does not compute what the student computes ({how} the engine's optimizations, output "
-        f"{worst.name}: relative error {worst.relative_error:.2g}{agreement}), so it was not written. {where}"
-        "Try another --target or --container int8, and report the model: this is a fault of the engine or of zsq."
+        f"The exported file does not compute what the student computes ({how} the engine's optimizations, "
+        f"output {worst.name}: relative error {worst.relative_error:.2g}{agreement}), so it was not written. "
+        f"{where}Try another --target or --container int8, and report the model: this is a fault of the "
+        "engine or of zsq."
     )
 
 
@@ -256,7 +267,7 @@ def first_difference(
             continue
         for name, value in zip(engine.outputs, values, strict=True):
             if name in chosen and _relative_error(value, tracer.found[name]) > MAX_ERROR:
-                return name
+                return str(name)
     return None
 
 
