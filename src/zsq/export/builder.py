@@ -20,8 +20,8 @@ class Builder:
     """Nodes and initializers of a graph in the making.
 
     Attributes:
-        exact: whether the file keeps floats between the quantizers (some container has less than 8 bits) and
-            must keep engines from fusing what they do not support; else 8-bit fusions are wanted.
+        exact: whether the engine is to compute in float between the quantizers and must be kept from fusing
+            them with operators (it has none for less than 8 bits); else 8-bit fusions are wanted.
         quantized: (value, quantizer) -> its dequantized value, so that readers share one.
     """
 
@@ -94,7 +94,7 @@ class Builder:
         name = self.unique(name)
         data_type = self._ir.DataType[type_name] if type_name else None
         tensor = self._ir.tensor(array, dtype=data_type, name=name)
-        value = self._ir.Value(
+        value: ir.Value = self._ir.Value(
             name=name,
             shape=self._ir.Shape(array.shape),
             type=self._ir.TensorType(tensor.dtype),

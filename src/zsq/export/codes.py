@@ -70,7 +70,7 @@ def stored_activation(quantizer: ActivationQuantizer, target: Target, widths: tu
     """
     zero_point = quantizer.zero_point.long()
     codes = zero_point.new_tensor([0, 2**quantizer.bits - 1])
-    for width in (w for w in widths if w >= quantizer.bits):
+    for width in (w for w in widths if w >= max(quantizer.bits, target.activation_width)):
         if not target.symmetric:
             return StoredCodes(codes, zero_point, width, False)
         if _fits(codes - zero_point, width):

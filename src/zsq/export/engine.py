@@ -38,14 +38,19 @@ class EngineModel(nn.Module):
     """A network in ONNX Runtime's CPU provider: images (N, C, H, W) -> logits, or a tuple of outputs."""
 
     def __init__(
-        self, content: bytes, options: SessionOptions | None = None, *, threads: int = 0, saved: str = ""
+        self,
+        content: bytes,
+        options: SessionOptions | None = None,
+        *,
+        threads: int | None = None,
+        saved: str = "",
     ) -> None:
         """Load a network.
 
         Args:
             content: an ONNX file's bytes.
             options: None is the runtime's default.
-            threads: inside an operator; 0 is the runtime's choice.
+            threads: inside an operator; None is as many as PyTorch uses.
             saved: where to write the optimized graph; "" is nowhere.
 
         Raises:
@@ -57,7 +62,7 @@ class EngineModel(nn.Module):
         options = options or SessionOptions()
         chosen = runtime.SessionOptions()
         chosen.log_severity_level = 4
-        chosen.intra_op_num_threads = threads
+        chosen.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
         chosen.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, options.optimization)
         if saved:
             chosen.optimized_model_filepath = saved

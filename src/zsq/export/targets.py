@@ -14,6 +14,10 @@ class Target:
     Attributes:
         name: what --target takes.
         widths: bits of the containers it loads, ascending.
+        activation_width: the narrowest one for activations, which are not stored in the file: ONNX Runtime
+            has 2-bit types, but few of its operators take them.
+        rounds_biases: its fusions of 8-bit operators turn biases into integers, which moves codes by a step
+            here and there; they are kept off unless bytes are asked for (container "int8").
         symmetric: every zero point must be 0 (codes are signed then); else activations are unsigned codes
             with a zero point and weights signed codes with a zero point a channel.
         opset: ONNX operator set of files whose containers have 4 bits or more.
@@ -23,6 +27,8 @@ class Target:
 
     name: str
     widths: tuple[int, ...]
+    activation_width: int = 4
+    rounds_biases: bool = False
     symmetric: bool = False
     opset: int = 21
     refused: dict[int, str] = field(default_factory=dict)
@@ -35,7 +41,7 @@ IR_VERSIONS = {21: 10, 25: 13}  # operator set -> the ONNX file format that came
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target(name="onnxruntime", widths=(2, 4, 8)),
+        Target(name="onnxruntime", widths=(2, 4, 8), rounds_biases=True),
         Target(
             name="openvino",
             widths=(4, 8),
