@@ -36,8 +36,10 @@ for package in ("onnx", "onnx_ir", "onnxruntime", "ml_dtypes"):
 import onnx  # noqa: E402
 
 from zsq.export.engine import EngineModel, SessionOptions, open_engine  # noqa: E402
-from zsq.export.onnx import Export, export_onnx  # noqa: E402
+from zsq.export.onnx import Export, export_onnx, lower, serialized  # noqa: E402
 from zsq.export.operations import EMITTERS  # noqa: E402
+from zsq.export.prepare import prepared  # noqa: E402
+from zsq.export.verify import first_difference  # noqa: E402
 
 BITS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A8", "W2A4", "W2A2", "W8A2", "W4")
 PLACES = (("onnxruntime", None), ("onnxruntime", "int8"), ("openvino", None), ("tensorrt", None))
@@ -317,6 +319,22 @@ def test_session_options_are_found_and_written(tmp_path: Path, monkeypatch: pyte
     assert torch.allclose(open_engine(export.path).model(run.images), wanted, rtol=1e-3, atol=1e-4)
     export.settings.unlink()  # the defaults then give something else
     assert not torch.allclose(open_engine(export.path).model(run.images), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_difference_that_only_fusions_make_is_found(tmp_path: Path) -> None:
+    """With an output after every node nothing is fused, and nothing differs."""
+    run = two_layers("W4A4", scale=4.0)
+    only_quantizer(run).set_range(torch.tensor(0.5), torch.tensor(2.0))
+    target = TARGETS["onnxruntime"]
+    student, _ = prepared(run.student, run.images, target)
+    content = serialized(lower(student, target, (4, 8), {}))
+    assert first_difference(content, SessionOptions(), student, run.images) is None
+    model = onnx.load_from_string(content)  # without the clip the ReLU before the codes is dropped
+    (unclipped,) = (node for node in model.graph.node if node.op_type == "Min")
+    (codes,) = (node for node in model.graph.node if node.op_type == "QuantizeLinear")
+    codes.input[0] = unclipped.input[0]
+    model.graph.node.remove(unclipped)
+    assert first_difference(model.SerializeToString(), SessionOptions(), student, run.images) == "conv2d_1"
 
 
 def test_unknown_operations_are_named(tmp_path: Path) -> None:

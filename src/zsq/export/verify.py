@@ -121,20 +121,22 @@ def verify(content: bytes, student: fx.GraphModule, original: nn.Module, images:
     wrong = [d for d in plain if not d.agrees]
     if wrong:
         raise JobError(_refusal(content, SessionOptions(optimization=LEVELS[1]), reference, wrong))
-    first_failure: JobError | None = None
+    failure: tuple[SessionOptions, list[OutputDifference]] | JobError | None = None
     for options in FALLBACKS:
         try:
             optimized = _differences(content, options, reference)
-            wrong = [d for d in optimized if not d.agrees]
-            if not wrong:
-                break
-            failure = JobError(_refusal(content, options, reference, wrong))
         except JobError as error:
-            failure = error
-        first_failure = first_failure or failure
+            failure = failure or error
+            continue
+        wrong = [d for d in optimized if not d.agrees]
+        if not wrong:
+            break
+        failure = failure or (options, wrong)
     else:
-        assert first_failure is not None
-        raise first_failure
+        assert failure is not None
+        if isinstance(failure, JobError):
+            raise failure
+        raise JobError(_refusal(content, failure[0], reference, failure[1]))
     return Verification(
         engine=f"onnxruntime {runtime.__version__}",
         session=options,
@@ -246,7 +248,7 @@ def first_difference(
     """The first node of the student, in graph order, whose value the engine computes differently.
 
     Values between the nodes become outputs of the file: all at once, and if the engine then agrees (an output
-    in the middle keeps it from fusing), one at a time.
+    in the middle keeps it from fusing), one at a time, by bisection.
 
     Args:
         content: the ONNX file.
@@ -259,16 +261,29 @@ def first_difference(
     with torch.no_grad():
         tracer.run(images)
     names = [n for n in _float_values(content) if n in tracer.found]
-    for chosen in [names, *([name] for name in names)]:
+
+    def differing(chosen: list[str]) -> str | None:
         try:
             engine = EngineModel(_with_outputs(content, chosen), options)
             values = pytree.tree_leaves(engine(images))
         except JobError:
-            continue
+            return None
         for name, value in zip(engine.outputs, values, strict=True):
             if name in chosen and _relative_error(value, tracer.found[name]) > MAX_ERROR:
                 return str(name)
-    return None
+        return None
+
+    found = differing(names)
+    if found is not None or not names or differing(names[-1:]) is None:
+        return found
+    low, high = 0, len(names) - 1  # what differs somewhere differs from there on, as a rule
+    while low < high:
+        middle = (low + high) // 2
+        if differing([names[middle]]) is None:
+            low = middle + 1
+        else:
+            high = middle
+    return names[low]
 
 
 class _Values(fx.Interpreter):
