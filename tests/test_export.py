@@ -35,11 +35,11 @@ for package in ("onnx", "onnx_ir", "onnxruntime", "ml_dtypes"):
 
 import onnx  # noqa: E402
 
+from zsq.export.bisect import first_difference  # noqa: E402
 from zsq.export.engine import EngineModel, SessionOptions, open_engine  # noqa: E402
 from zsq.export.onnx import Export, export_onnx, lower, serialized  # noqa: E402
 from zsq.export.operations import EMITTERS  # noqa: E402
 from zsq.export.prepare import prepared  # noqa: E402
-from zsq.export.verify import first_difference  # noqa: E402
 
 BITS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A8", "W2A4", "W2A2", "W8A2", "W4")
 PLACES = (("onnxruntime", None), ("onnxruntime", "int8"), ("openvino", None), ("tensorrt", None))

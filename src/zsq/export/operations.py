@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from zsq.errors import UsageError
-from zsq.export import layers
+from zsq.export import layers, shapes
 from zsq.export.builder import Builder, as_integers
 from zsq.graph.capture import aten
 
@@ -121,92 +121,6 @@ def _attention(
     return b.op("MatMul", weights, v, name=node.name)
 
 
-def _reshape(b: Builder, node: fx.Node, x: Any, *_: Any) -> Any:
-    return layers.reshape_to(b, x, node.meta["shape"], node.name)
-
-
-def _permute(b: Builder, node: fx.Node, x: Any, dims: Any) -> Any:
-    rank = len(node.meta["shape"])
-    return b.op("Transpose", x, name=node.name, perm=[d % rank for d in as_integers(dims)])
-
-
-def _transpose(b: Builder, node: fx.Node, x: Any, first: int, second: int) -> Any:
-    order = list(range(len(node.meta["shape"])))
-    order[first], order[second] = order[second], order[first]
-    return b.op("Transpose", x, name=node.name, perm=order)
-
-
-def _pad(b: Builder, node: fx.Node, x: Any, pad: Any, mode: Any = "constant", value: Any = None) -> Any:
-    if isinstance(mode, (int, float)):  # constant_pad_nd
-        mode, value = "constant", mode
-    modes = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-    rank = len(node.meta["shape"])
-    before, after = [0] * rank, [0] * rank
-    for index, (low, high) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
-        before[rank - 1 - index], after[rank - 1 - index] = int(low), int(high)
-    fill = b.number(value) if value else None
-    inputs = [x, b.integers(before + after), *([fill] if fill is not None else [])]
-    return b.op("Pad", *inputs, name=node.name, mode=modes[mode])
-
-
-def _slice(b: Builder, node: fx.Node, x: Any, dim: int, start: Any, end: Any, step: int) -> Any:
-    stop = min(end, 2**31 - 1) if end is not None else 2**31 - 1
-    bounds = [b.integers([v]) for v in (start or 0, stop, dim, step)]
-    return b.op("Slice", x, *bounds, name=node.name)
-
-
-def _select(b: Builder, node: fx.Node, x: Any, dim: int, index: int) -> Any:
-    return b.op("Gather", x, b.integers(index), name=node.name, axis=dim)
-
-
-def _split(b: Builder, node: fx.Node, x: Any, _: Any, dim: int = 0) -> Any:
-    sizes = [shape[dim] for shape in node.meta["shape"]]
-    if None in sizes:
-        raise UsageError(f"The operation {node.name} splits the batch, which cannot be exported.")
-    names = [f"{node.name}.{i}" for i in range(len(sizes))]
-    return b.ops("Split", x, b.integers(sizes), names=names, axis=dim)
-
-
-def _unbind(b: Builder, node: fx.Node, x: Any, dim: int) -> Any:
-    return [
-        b.op("Gather", x, b.integers(i), name=f"{node.name}.{i}", axis=dim)
-        for i in range(len(node.meta["shape"]))
-    ]
-
-
-def _cat(b: Builder, node: fx.Node, parts: Any, dim: int) -> Any:
-    return b.op("Concat", *parts, name=node.name, axis=dim)
-
-
-def _stack(b: Builder, node: fx.Node, parts: Any, dim: int) -> Any:
-    axis = b.integers([dim])
-    wider = [b.op("Unsqueeze", p, axis, name=f"{node.name}.{i}") for i, p in enumerate(parts)]
-    return b.op("Concat", *wider, name=node.name, axis=dim)
-
-
-def _expand(b: Builder, node: fx.Node, x: Any, *_: Any) -> Any:
-    """Repeat along axes of size 1; the batch size is read off the images."""
-    shape = node.meta["shape"]
-    if shape.count(None) > 1 or None in shape[1:]:
-        raise UsageError(
-            f"The operation {node.name} repeats a tensor in an unknown number, which cannot be exported."
-        )
-    if None not in shape:
-        return b.op("Expand", x, b.integers(list(shape)), name=node.name)
-    image = next(n for n in node.graph.nodes if n.op == "placeholder")
-    batch = b.op("Shape", image.meta["value"], name=f"{node.name}.batch", start=0, end=1)
-    size = b.op("Concat", batch, b.integers(list(shape[1:])), name=f"{node.name}.shape", axis=0)
-    return b.op("Expand", x, size, name=node.name)
-
-
-def _identity(b: Builder, node: fx.Node, x: Any, *_: Any) -> Any:
-    return x
-
-
-def _pixel_shuffle(b: Builder, node: fx.Node, x: Any, factor: int) -> Any:
-    return b.op("DepthToSpace", x, name=node.name, blocksize=factor, mode="CRD")
-
-
 EMITTERS: dict[Any, Emitter] = {
     # layers, norms, pools (layers.py)
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), layers.convolution),
@@ -276,24 +190,24 @@ EMITTERS: dict[Any, Emitter] = {
             aten.squeeze.dims,
             aten.unsqueeze.default,
         ),
-        _reshape,
+        shapes.reshape,
     ),
-    aten.permute.default: _permute,
-    aten.transpose.int: _transpose,
-    aten.pad.default: _pad,
-    aten.constant_pad_nd.default: _pad,
-    aten.slice.Tensor: _slice,
-    aten.select.int: _select,
-    aten.chunk.default: _split,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split,
-    aten.unbind.int: _unbind,
-    aten.cat.default: _cat,
-    aten.stack.default: _stack,
-    aten.expand.default: _expand,
-    aten.pixel_shuffle.default: _pixel_shuffle,
-    aten.contiguous.default: _identity,
-    aten.clone.default: _identity,
+    aten.permute.default: shapes.permute,
+    aten.transpose.int: shapes.transpose,
+    aten.pad.default: shapes.pad,
+    aten.constant_pad_nd.default: shapes.pad,
+    aten.slice.Tensor: shapes.slice,
+    aten.select.int: shapes.select,
+    aten.chunk.default: shapes.split,
+    aten.split.Tensor: shapes.split,
+    aten.split_with_sizes.default: shapes.split,
+    aten.unbind.int: shapes.unbind,
+    aten.cat.default: shapes.cat,
+    aten.stack.default: shapes.stack,
+    aten.expand.default: shapes.expand,
+    aten.pixel_shuffle.default: shapes.pixel_shuffle,
+    aten.contiguous.default: shapes.identity,
+    aten.clone.default: shapes.identity,
 }
 
 

@@ -10,15 +10,15 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from zsq.errors import JobError, import_extra
+from zsq.export.bisect import CHUNK, MAX_ERROR, first_difference, relative_error
 from zsq.export.builder import EXTRA
 from zsq.export.engine import LEVELS, EngineModel, SessionOptions
 from zsq.graph.capture import LAYERS
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from zsq.quant.scheme import MOVES
 
-NUM_IMAGES, CHUNK = 128, 32
-MAX_ERROR = 0.02  # relative root mean square of an output's difference, beyond which a file is refused
-MAX_DISAGREEMENT = 0.01  # share of positions whose class differs, likewise
+NUM_IMAGES = 128
+MAX_DISAGREEMENT = 0.01  # share of positions whose class differs, beyond which a file is refused
 NEAR_TIES = 2  # positions that may differ in any case, however few there are
 ROUNDING = 5.0  # both may be this many times what float32 itself changes (float32 against float64)
 FALLBACKS = (  # session options that are tried in turn when the defaults do not work
@@ -187,8 +187,8 @@ def _difference(
         argmax_agreement=_argmax_agreement(got, wanted),
         max_steps=None if step is None else float(gap.max()) / step,
         mean_steps=None if step is None else float(gap.mean()) / step,
-        relative_error=_relative_error(got, wanted),
-        rounding=_relative_error(precise, wanted),
+        relative_error=relative_error(got, wanted),
+        rounding=relative_error(precise, wanted),
         rounding_agreement=_argmax_agreement(precise, wanted),
     )
 
@@ -197,12 +197,6 @@ def _argmax_agreement(got: Tensor, wanted: Tensor) -> float | None:
     if got.ndim < 2 or got.shape[1] < 2:
         return None
     return 100 * float((got.argmax(1) == wanted.argmax(1)).double().mean())
-
-
-def _relative_error(got: Tensor, wanted: Tensor) -> float:
-    scale = float(wanted.double().square().mean().sqrt())
-    error = float((got.double() - wanted.double()).square().mean().sqrt())
-    return error / scale if scale > 0 else error
 
 
 def _output_step(student: fx.GraphModule, node: fx.Node) -> float | None:
@@ -240,78 +234,3 @@ def _refusal(
         f"{where}Try another --target or --container int8, and report the model: this is a fault of the "
         "engine or of zsq."
     )
-
-
-def first_difference(
-    content: bytes, options: SessionOptions, student: fx.GraphModule, images: Tensor
-) -> str | None:
-    """The first node of the student, in graph order, whose value the engine computes differently.
-
-    Values between the nodes become outputs of the file: all at once, and if the engine then agrees (an output
-    in the middle keeps it from fusing), one at a time, by bisection.
-
-    Args:
-        content: the ONNX file.
-        options: of the session.
-        student: the prepared student; its nodes have the names of the file's values.
-        images: (N, C, H, W), normalised.
-    """
-    images = images[:CHUNK]
-    tracer = _Values(student)
-    with torch.no_grad():
-        tracer.run(images)
-    names = [n for n in _float_values(content) if n in tracer.found]
-
-    def differing(chosen: list[str]) -> str | None:
-        try:
-            engine = EngineModel(_with_outputs(content, chosen), options)
-            values = pytree.tree_leaves(engine(images))
-        except JobError:
-            return None
-        for name, value in zip(engine.outputs, values, strict=True):
-            if name in chosen and _relative_error(value, tracer.found[name]) > MAX_ERROR:
-                return str(name)
-        return None
-
-    found = differing(names)
-    if found is not None or not names or differing(names[-1:]) is None:
-        return found
-    low, high = 0, len(names) - 1  # what differs somewhere differs from there on, as a rule
-    while low < high:
-        middle = (low + high) // 2
-        if differing([names[middle]]) is None:
-            low = middle + 1
-        else:
-            high = middle
-    return names[low]
-
-
-class _Values(fx.Interpreter):
-    """Runs a graph and keeps every tensor by its node's name."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.found: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor) and n.op == "call_function":
-            self.found[n.name] = result
-        return result
-
-
-def _float_values(content: bytes) -> list[str]:
-    onnx: Any = import_extra("onnx", EXTRA)
-    return [name for node in onnx.load_from_string(content).graph.node for name in node.output]
-
-
-def _with_outputs(content: bytes, names: Sequence[str]) -> bytes:
-    """The file with more of its values as outputs."""
-    onnx: Any = import_extra("onnx", EXTRA)
-    model = onnx.load_from_string(content)
-    known = {output.name for output in model.graph.output}
-    for name in names:
-        if name not in known:
-            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    result: bytes = model.SerializeToString()
-    return result
