@@ -111,7 +111,17 @@ def test_version_and_help(capsys: Capture) -> None:
     assert code == 0
     assert all(
         name in out
-        for name in ("quantize", "synthesize", "evaluate", "recipes", "show", "models", "bench", "--debug")
+        for name in (
+            "quantize",
+            "synthesize",
+            "evaluate",
+            "export",
+            "recipes",
+            "show",
+            "models",
+            "bench",
+            "--debug",
+        )
     )
 
 

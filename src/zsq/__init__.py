@@ -13,6 +13,7 @@ from zsq.errors import JobError, UsageError, ZsqError
 if TYPE_CHECKING:
     from zsq.allocator import keep_freed_memory
     from zsq.evaluate import accuracy
+    from zsq.export.onnx import Export, export_onnx
     from zsq.models import ModelSpec, Teacher, load_model
     from zsq.pipeline import compose_recipe, quantize, synthesize_images
     from zsq.recipe import Recipe
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from zsq.run import Run, load_run
 
 _WHERE = {
+    "Export": "zsq.export.onnx",
     "ModelSpec": "zsq.models",
     "RECIPES": "zsq.recipes",
     "Recipe": "zsq.recipe",
@@ -27,6 +29,7 @@ _WHERE = {
     "Teacher": "zsq.models",
     "accuracy": "zsq.evaluate",
     "compose_recipe": "zsq.pipeline",
+    "export_onnx": "zsq.export.onnx",
     "keep_freed_memory": "zsq.allocator",
     "load_model": "zsq.models",
     "load_run": "zsq.run",
@@ -35,6 +38,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "Export",
     "RECIPES",
     "JobError",
     "ModelSpec",
@@ -46,6 +50,7 @@ __all__ = [
     "__version__",
     "accuracy",
     "compose_recipe",
+    "export_onnx",
     "keep_freed_memory",
     "load_model",
     "load_run",

@@ -212,7 +212,7 @@ def load_run(path: str | Path) -> Run:
             f"The run in {folder} is not finished. The call that began it{command} continues it."
         )
     try:
-        spec = _spec_from_json(record["model"]["spec"])
+        spec = spec_from_json(record["model"]["spec"])
         images = load_safetensors((folder / IMAGES).read_bytes())["images"]
         lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
@@ -277,7 +277,12 @@ def _json_lines(metrics: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
 
 
-def _spec_from_json(values: dict[str, Any]) -> ModelSpec:
+def spec_from_json(values: dict[str, Any]) -> ModelSpec:
+    """How images must be prepared, as a record or an exported file says it.
+
+    Raises:
+        KeyError, TypeError, ValueError: something is missing or wrong.
+    """
     channels, height, width = values["input_size"]
     return ModelSpec(
         input_size=(channels, height, width),

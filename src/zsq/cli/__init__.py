@@ -9,7 +9,7 @@ import typer
 
 from zsq._version import __version__
 from zsq.allocator import keep_freed_memory
-from zsq.cli import jobs, lists
+from zsq.cli import exports, jobs, lists
 from zsq.cli.arguments import DebugOption
 from zsq.cli.call import begin_call, guarded, refused
 
@@ -59,6 +59,7 @@ for command in (
     jobs.quantize,
     jobs.synthesize,
     jobs.evaluate,
+    exports.export,
     lists.recipes,
     lists.show,
     lists.models,

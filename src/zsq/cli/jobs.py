@@ -197,7 +197,11 @@ def synthesize(
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="a run folder, whose student is measured, or a model")
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL|FILE",
+            help="a run folder, whose student is measured, a model, or an exported .onnx file",
+        ),
     ],
     data: Annotated[
         str,
@@ -221,16 +225,27 @@ def evaluate(
         from zsq.run import load_run
 
         networks: dict[str, nn.Module] = {}
-        if teacher or not is_run(model):
+        exported = Path(model).suffix == ".onnx"
+        if exported:
+            _refuse_options(f"{model} is a file that runs by itself", weights, input_size, mean, std)
+            if teacher or target != "cpu":
+                raise UsageError(
+                    f"{model} is measured in ONNX Runtime on the CPU. Leave out --teacher and --device."
+                )
+            networks["student"], spec, output_shape = _engine(model)
+        elif teacher or not is_run(model):
             loaded = read_teacher(model, weights, input_size, mean, std)
             networks["teacher"] = loaded.module
             spec, output_shape = loaded.spec, loaded.output_shape
-        elif weights or input_size or mean or std:
-            raise UsageError(
-                f"{model} is a run, whose student knows its weights and its input. Leave out --weights, "
-                "--input-size, --mean and --std."
+        else:
+            _refuse_options(
+                f"{model} is a run, whose student knows its weights and its input",
+                weights,
+                input_size,
+                mean,
+                std,
             )
-        if is_run(model):
+        if not exported and is_run(model):
             run = load_run(model)
             networks["student"] = run.student
             spec, output_shape = run.spec, tuple(run.student(run.images[:2]).shape[1:])
@@ -266,6 +281,25 @@ def bench(
         call.hint = f"Finished rows are kept; the same command goes on from there: {call.line()}"
         folder = run_bench(file, out=out, write=write, jobs=jobs, progress=say)
     print((folder / (RESULTS if as_json else TABLE)).read_text(encoding="utf-8").rstrip("\n"))
+
+
+def _refuse_options(reason: str, *options: Path | str | None) -> None:
+    """Refuse the options that describe a model."""
+    if any(option is not None for option in options):
+        raise UsageError(f"{reason}. Leave out --weights, --input-size, --mean and --std.")
+
+
+def _engine(path: str) -> "tuple[nn.Module, ModelSpec, tuple[int, ...]]":
+    """An exported file in its engine, what its images must look like, and the shape of its output."""
+    import torch
+
+    from zsq.export.engine import open_engine
+
+    file = open_engine(path)
+    outputs = file.model(torch.zeros(2, *file.spec.input_size))
+    if isinstance(outputs, tuple):
+        raise UsageError(f"{path} has {len(outputs)} outputs. Accuracy needs a classifier, which has one.")
+    return file.model, file.spec, tuple(outputs.shape[1:])
 
 
 def _goes_on(folder: Path) -> str:

@@ -69,10 +69,22 @@ def foldable(layer: fx.Node, norm: fx.Node, *, besides: Collection[fx.Node] = ()
         norm: a BatchNorm node.
         besides: other readers that do not count.
     """
-    if weight_node(layer) is None or set(layer.users) - set(besides) != {norm}:
+    return weight_node(layer) is not None and scales_channels(layer, norm, besides=besides)
+
+
+def scales_channels(layer: fx.Node, norm: fx.Node, *, besides: Collection[fx.Node] = ()) -> bool:
+    """What `foldable` says, wherever the layer's weight comes from: in a student, from its quantizer.
+
+    A linear layer needs `meta["shape"]` or torch.export's `meta["val"]`.
+    """
+    if layer.op != "call_function" or layer.target not in LAYERS:
         return False
-    if layer.target is aten.linear.default and layer.meta["val"].ndim != 2:
-        return False  # BatchNorm counts channels on axis 1, the layer on the last one
+    if set(layer.users) - set(besides) != {norm}:
+        return False
+    if layer.target is aten.linear.default:
+        shape = layer.meta["shape"] if "shape" in layer.meta else layer.meta["val"].shape
+        if len(shape) != 2:
+            return False  # BatchNorm counts channels on axis 1, the layer on the last one
     bias = layer.args[2] if len(layer.args) > 2 else None
     gamma, beta, mean, var, training = norm.args[1:6]
     if mean is None or var is None or training:

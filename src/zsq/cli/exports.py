@@ -1,0 +1,84 @@
+"""The command that writes files for engines: export."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zsq.cli.arguments import DebugOption, JsonOption
+from zsq.cli.terminal import bytes_text, evaluate_line, grid, only_result_on_stdout, print_json, print_parts
+from zsq.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from zsq.export.onnx import Export
+    from zsq.export.verify import OutputDifference
+
+FORMATS = ("onnx",)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
+    to: Annotated[str, typer.Option("--to", metavar="onnx", help="kind of file")] = "onnx",
+    target: Annotated[
+        str, typer.Option(metavar="onnxruntime|openvino|tensorrt", help="the engine that is to run it")
+    ] = "onnxruntime",
+    container: Annotated[
+        str | None,
+        typer.Option(
+            metavar="int2|int4|int8",
+            help="narrowest integers to store; int8 runs faster, by default the smallest file",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="file to write; by default RUN/student.onnx")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace the file if it exists")] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write a run as a file for an engine, after checking there that it computes the same."""
+    if to not in FORMATS:
+        raise UsageError(f"--to is one of {', '.join(FORMATS)}, got {to!r}.")
+    with only_result_on_stdout():
+        from zsq.export.onnx import export_onnx
+
+        found = export_onnx(run, out or run / "student.onnx", target=target, container=container, force=force)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_parts(*_summary(found))
+
+
+def _summary(export: "Export") -> "list[Table | str]":
+    check = export.verification
+    rows = [
+        *(_row(difference, "on") for difference in check.optimized),
+        *(_row(difference, "off") for difference in check.plain),
+    ]
+    head = ("output", "optimizations", "same class", "largest difference", "relative error")
+    session: dict[str, Any] = check.session.to_json()
+    runs = "It runs with the engine's default session options."
+    if check.session != type(check.session)():
+        runs = f"It needs these session options: {session}."
+    return [
+        "",
+        f"{export.path} ({bytes_text(export.size)}), how to run it: {export.settings}",
+        f"{check.engine} against PyTorch on {check.num_images} synthetic images (not an accuracy):",
+        grid(head, rows, right=(2, 3, 4)),
+        *(f"Note: {note}." for note in export.notes),
+        runs,
+        f"To measure accuracy on labelled images: {evaluate_line(export.path, None)}",
+    ]
+
+
+def _row(difference: "OutputDifference", optimizations: str) -> tuple[str, ...]:
+    same, steps = difference.argmax_agreement, difference.max_steps
+    return (
+        difference.name,
+        optimizations,
+        "" if same is None else f"{same:.2f} %",
+        "" if steps is None else f"{steps:.2g} steps",
+        f"{difference.relative_error:.1e}",
+    )

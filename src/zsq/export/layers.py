@@ -1,0 +1,255 @@
+"""ONNX for ATen's convolutions, linear layers, norms, pools and resizing."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from zsq.errors import UsageError
+from zsq.export.builder import Builder, as_integers
+from zsq.export.codes import StoredCodes
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A quantized weight before it is known how the layer reads it."""
+
+    stored: StoredCodes
+    scale: Tensor
+    axis: int
+    name: str
+
+
+def weight_value(b: Builder, weight: Any, *, transposed: bool = False) -> "ir.Value":
+    """A layer's weight as a float value, read from its codes or from a float tensor."""
+    if not isinstance(weight, StoredWeight):
+        return b.op("Transpose", weight, name=f"{weight.name}.t", perm=[1, 0]) if transposed else weight
+    stored = weight.stored
+    if not transposed:
+        return b.dequantized_weight(stored, weight.scale, weight.axis, weight.name)
+    turned = replace(stored, codes=stored.codes.t().contiguous())
+    return b.dequantized_weight(turned, weight.scale, 1 - weight.axis, weight.name)
+
+
+def convolution(
+    b: Builder,
+    node: fx.Node,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Any:
+    """aten.conv{1,2,3}d; a bias stays in float, inside the convolution."""
+    kernel = _weight_shape(node)[2:]
+    rank = len(kernel)
+    dilations = _each(dilation, rank)
+    if isinstance(padding, str):
+        totals = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilations, strict=True)]
+        pads = [t // 2 for t in totals] + [t - t // 2 for t in totals]
+    else:
+        pads = _each(padding, rank) * 2
+    inputs = [x, weight_value(b, weight)] + ([bias] if bias is not None else [])
+    return b.op(
+        "Conv",
+        *inputs,
+        name=node.name,
+        kernel_shape=kernel,
+        strides=_each(stride, rank),
+        pads=pads,
+        dilations=dilations,
+        group=groups,
+    )
+
+
+def transposed_convolution(
+    b: Builder,
+    node: fx.Node,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    groups: int,
+    dilation: Any,
+) -> Any:
+    """aten.conv_transpose{1,2,3}d."""
+    kernel = _weight_shape(node)[2:]
+    rank = len(kernel)
+    inputs = [x, weight_value(b, weight)] + ([bias] if bias is not None else [])
+    return b.op(
+        "ConvTranspose",
+        *inputs,
+        name=node.name,
+        kernel_shape=kernel,
+        strides=_each(stride, rank),
+        pads=_each(padding, rank) * 2,
+        output_padding=_each(output_padding, rank),
+        dilations=_each(dilation, rank),
+        group=groups,
+    )
+
+
+def linear(b: Builder, node: fx.Node, x: Any, weight: Any, bias: Any) -> Any:
+    """aten.linear: Gemm on (N, C); on more axes MatMul, or Gemm between reshapes.
+
+    ONNX Runtime fuses a MatMul, and a Gemm without bias, whose operands come from DequantizeLinear, and does
+    not load the result if one of them has 2 bits; a Gemm with a float bias stays as it is.
+    """
+    outputs, inputs = _weight_shape(node)
+    shape = node.args[0].meta["shape"]  # type: ignore[union-attr]
+    if len(shape) != 2 and not b.exact:
+        product = b.op("MatMul", x, weight_value(b, weight, transposed=True), name=node.name)
+        return product if bias is None else b.op("Add", product, bias, name=f"{node.name}.biased")
+    if bias is None and b.exact:
+        bias = b.tensor(torch.zeros(outputs), f"{node.name}.no_bias")
+    if len(shape) != 2:
+        x = b.op("Reshape", x, b.integers([-1, inputs]), name=f"{node.name}.rows")
+    operands = [x, weight_value(b, weight)] + ([bias] if bias is not None else [])
+    y = b.op("Gemm", *operands, name=node.name, transB=1)
+    return y if len(shape) == 2 else reshape_to(b, y, node.meta["shape"], f"{node.name}.shaped")
+
+
+def batch_norm(
+    b: Builder, node: fx.Node, x: Any, gamma: Any, beta: Any, mean: Any, var: Any, training: bool, *_: Any
+) -> Any:
+    """aten.batch_norm with stored statistics that no layer takes in: a multiplication and an addition."""
+    affine = node.meta.get("affine")
+    if affine is None or training:
+        raise UsageError(f"The BatchNorm {node.name} has no stored statistics, so it cannot be exported.")
+    shape = [-1] + [1] * (len(node.meta["shape"]) - 2)
+    factor, shift = (
+        b.tensor(t.float().view(shape), f"{node.name}.{n}")
+        for t, n in zip(affine, ("factor", "shift"), strict=True)
+    )
+    return b.op("Add", b.op("Mul", x, factor, name=f"{node.name}.scaled"), shift, name=node.name)
+
+
+def layer_norm(
+    b: Builder, node: fx.Node, x: Any, shape: Any, weight: Any, bias: Any, eps: float, *_: Any
+) -> Any:
+    """aten.layer_norm."""
+    size = as_integers(shape)
+    if weight is None:
+        weight = b.tensor(torch.ones(size), f"{node.name}.ones")
+    inputs = [x, weight] + ([bias] if bias is not None else [])
+    return b.op("LayerNormalization", *inputs, name=node.name, axis=-len(size), epsilon=eps)
+
+
+def group_norm(
+    b: Builder, node: fx.Node, x: Any, groups: int, weight: Any, bias: Any, eps: float, *_: Any
+) -> Any:
+    """aten.group_norm."""
+    channels = node.meta["shape"][1]
+    weight = b.tensor(torch.ones(channels), f"{node.name}.ones") if weight is None else weight
+    bias = b.tensor(torch.zeros(channels), f"{node.name}.zeros") if bias is None else bias
+    return b.op("GroupNormalization", x, weight, bias, name=node.name, num_groups=groups, epsilon=eps)
+
+
+def max_pool(
+    b: Builder, node: fx.Node, x: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool
+) -> Any:
+    """aten.max_pool2d."""
+    size = _each(kernel, 2)
+    return b.op(
+        "MaxPool",
+        x,
+        name=node.name,
+        kernel_shape=size,
+        strides=_each(stride, 2) if stride else size,
+        pads=_each(padding, 2) * 2,
+        dilations=_each(dilation, 2),
+        ceil_mode=int(ceil),
+    )
+
+
+def avg_pool(
+    b: Builder,
+    node: fx.Node,
+    x: Any,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    ceil: bool,
+    count_padding: bool,
+    divisor: int | None,
+) -> Any:
+    """aten.avg_pool2d."""
+    if divisor is not None:
+        raise UsageError(f"The pool {node.name} divides by {divisor}, which ONNX has no pool for.")
+    size = _each(kernel, 2)
+    return b.op(
+        "AveragePool",
+        x,
+        name=node.name,
+        kernel_shape=size,
+        strides=_each(stride, 2) if stride else size,
+        pads=_each(padding, 2) * 2,
+        ceil_mode=int(ceil),
+        count_include_pad=int(count_padding),
+    )
+
+
+def adaptive_avg_pool(b: Builder, node: fx.Node, x: Any, size: Any) -> Any:
+    """aten.adaptive_avg_pool2d onto sizes that divide the input's."""
+    before, after = _shape_of(node, 0)[-2:], node.meta["shape"][-2:]
+    if tuple(after) == (1, 1):
+        return b.op("GlobalAveragePool", x, name=node.name)
+    if any(h % k for h, k in zip(before, after, strict=True)):
+        raise UsageError(f"The pool {node.name} maps {before} onto {after}; ONNX needs a divisor.")
+    kernel = [h // k for h, k in zip(before, after, strict=True)]
+    return b.op("AveragePool", x, name=node.name, kernel_shape=kernel, strides=kernel)
+
+
+def resize_nearest(b: Builder, node: fx.Node, x: Any, *_: Any) -> Any:
+    """aten.upsample_nearest2d: output pixel i reads input pixel floor(i * in / out)."""
+    return _resize(
+        b, node, x, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"
+    )
+
+
+def resize_bilinear(b: Builder, node: fx.Node, x: Any, _: Any, align_corners: bool, *__: Any) -> Any:
+    """aten.upsample_bilinear2d."""
+    form = "align_corners" if align_corners else "half_pixel"
+    return _resize(b, node, x, mode="linear", coordinate_transformation_mode=form)
+
+
+def _resize(b: Builder, node: fx.Node, x: Any, **attributes: Any) -> Any:
+    before, after = _shape_of(node, 0)[-2:], node.meta["shape"][-2:]
+    factors = [1.0, 1.0, *(k / h for h, k in zip(before, after, strict=True))]
+    scales = b.tensor(torch.tensor(factors), f"{node.name}.scales")
+    return b.op("Resize", x, None, scales, name=node.name, **attributes)
+
+
+def reshape_to(b: Builder, x: Any, shape: tuple[int | None, ...], name: str) -> Any:
+    """A reshape to a shape of which at most one dimension grows with the batch."""
+    if sum(size is None for size in shape) > 1:
+        raise UsageError(
+            f"The operation {name} makes a tensor in which several dimensions grow with the batch; such a "
+            "model cannot be exported for any batch size."
+        )
+    return b.op("Reshape", x, b.integers([-1 if size is None else size for size in shape]), name=name)
+
+
+def _weight_shape(node: fx.Node) -> list[int]:
+    return [int(size) for size in _shape_of(node, 1)]
+
+
+def _shape_of(node: fx.Node, index: int) -> tuple[int, ...]:
+    source = node.args[index]
+    assert isinstance(source, fx.Node)
+    shape: tuple[int, ...] = source.meta["shape"]
+    return shape
+
+
+def _each(value: Any, rank: int) -> list[int]:
+    """One number an axis."""
+    numbers = as_integers(value)
+    return numbers * rank if len(numbers) == 1 else numbers

@@ -1,0 +1,107 @@
+"""ONNX for ATen's reshapes, slices, concatenations and the like."""
+
+from typing import Any
+
+from torch import fx
+
+from zsq.errors import UsageError
+from zsq.export.builder import Builder, as_integers
+from zsq.export.layers import reshape_to
+
+
+def reshape(b: Builder, node: fx.Node, x: Any, *_: Any) -> Any:
+    """Whatever only changes the shape."""
+    return reshape_to(b, x, node.meta["shape"], node.name)
+
+
+def permute(b: Builder, node: fx.Node, x: Any, dims: Any) -> Any:
+    """aten.permute."""
+    rank = len(node.meta["shape"])
+    return b.op("Transpose", x, name=node.name, perm=[d % rank for d in as_integers(dims)])
+
+
+def transpose(b: Builder, node: fx.Node, x: Any, first: int, second: int) -> Any:
+    """aten.transpose of two axes."""
+    order = list(range(len(node.meta["shape"])))
+    order[first], order[second] = order[second], order[first]
+    return b.op("Transpose", x, name=node.name, perm=order)
+
+
+def pad(b: Builder, node: fx.Node, x: Any, pad: Any, mode: Any = "constant", value: Any = None) -> Any:
+    """aten.pad and aten.constant_pad_nd; ATen counts axes from the last one."""
+    if isinstance(mode, (int, float)):  # constant_pad_nd
+        mode, value = "constant", mode
+    modes = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+    rank = len(node.meta["shape"])
+    before, after = [0] * rank, [0] * rank
+    for index, (low, high) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        before[rank - 1 - index], after[rank - 1 - index] = int(low), int(high)
+    fill = b.number(value) if value else None
+    inputs = [x, b.integers(before + after), *([fill] if fill is not None else [])]
+    return b.op("Pad", *inputs, name=node.name, mode=modes[mode])
+
+
+def slice(b: Builder, node: fx.Node, x: Any, dim: int, start: Any, end: Any, step: int) -> Any:
+    """aten.slice."""
+    stop = min(end, 2**31 - 1) if end is not None else 2**31 - 1
+    bounds = [b.integers([v]) for v in (start or 0, stop, dim, step)]
+    return b.op("Slice", x, *bounds, name=node.name)
+
+
+def select(b: Builder, node: fx.Node, x: Any, dim: int, index: int) -> Any:
+    """aten.select."""
+    return b.op("Gather", x, b.integers(index), name=node.name, axis=dim)
+
+
+def split(b: Builder, node: fx.Node, x: Any, _: Any, dim: int = 0) -> Any:
+    """aten.chunk and aten.split."""
+    sizes = [shape[dim] for shape in node.meta["shape"]]
+    if None in sizes:
+        raise UsageError(f"The operation {node.name} splits the batch, which cannot be exported.")
+    names = [f"{node.name}.{i}" for i in range(len(sizes))]
+    return b.ops("Split", x, b.integers(sizes), names=names, axis=dim)
+
+
+def unbind(b: Builder, node: fx.Node, x: Any, dim: int) -> Any:
+    """aten.unbind."""
+    return [
+        b.op("Gather", x, b.integers(i), name=f"{node.name}.{i}", axis=dim)
+        for i in range(len(node.meta["shape"]))
+    ]
+
+
+def cat(b: Builder, node: fx.Node, parts: Any, dim: int) -> Any:
+    """aten.cat."""
+    return b.op("Concat", *parts, name=node.name, axis=dim)
+
+
+def stack(b: Builder, node: fx.Node, parts: Any, dim: int) -> Any:
+    """aten.stack."""
+    axis = b.integers([dim])
+    wider = [b.op("Unsqueeze", p, axis, name=f"{node.name}.{i}") for i, p in enumerate(parts)]
+    return b.op("Concat", *wider, name=node.name, axis=dim)
+
+
+def expand(b: Builder, node: fx.Node, x: Any, *_: Any) -> Any:
+    """Repeat along axes of size 1; the batch size is read off the images."""
+    shape = node.meta["shape"]
+    if shape.count(None) > 1 or None in shape[1:]:
+        raise UsageError(
+            f"The operation {node.name} repeats a tensor in an unknown number, which cannot be exported."
+        )
+    if None not in shape:
+        return b.op("Expand", x, b.integers(list(shape)), name=node.name)
+    image = next(n for n in node.graph.nodes if n.op == "placeholder")
+    batch = b.op("Shape", image.meta["value"], name=f"{node.name}.batch", start=0, end=1)
+    size = b.op("Concat", batch, b.integers(list(shape[1:])), name=f"{node.name}.shape", axis=0)
+    return b.op("Expand", x, size, name=node.name)
+
+
+def identity(b: Builder, node: fx.Node, x: Any, *_: Any) -> Any:
+    """What copies."""
+    return x
+
+
+def pixel_shuffle(b: Builder, node: fx.Node, x: Any, factor: int) -> Any:
+    """aten.pixel_shuffle."""
+    return b.op("DepthToSpace", x, name=node.name, blocksize=factor, mode="CRD")
