@@ -51,7 +51,7 @@ def _overrides() -> dict[str, int]:
     return {name: int(value) for name, value in pairs}
 
 
-def test_quantize_and_evaluate_your_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantize_evaluate_and_export_your_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "path/to"
     folder.mkdir(parents=True)
@@ -65,9 +65,9 @@ def test_quantize_and_evaluate_your_own_model(tmp_path: Path, monkeypatch: pytes
         Image.new("RGB", (40, 36), "red" if label == "cat" else "blue").save(
             folder / "images" / label / "1.png"
         )
-    block = next(b for b in blocks("") if "zsq quantize" in b)
-    commands = [c for c in block.replace("\\\n", " ").splitlines() if c.startswith("zsq ")]
-    assert [c.split()[1] for c in commands] == ["quantize", "evaluate"]
+    lines = [b.replace("\\\n", " ").splitlines() for b in blocks("") if "runs/mine" in b]
+    commands = [c for block in lines for c in block if c.startswith("zsq ")]
+    assert [c.split()[1] for c in commands] == ["quantize", "evaluate", "export", "evaluate"]
     for command in commands:
         tiny = f"{command} {TINY}" if " quantize " in command else command
         result = CliRunner().invoke(app, shlex.split(tiny)[1:])
