@@ -39,6 +39,12 @@ ALLOWED: dict[str, set[str]] = {
     "student": GROUND | {"graph", "quant"},
     "run": GROUND | MODELS | {"images", "student"},
     "student_images": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover", "progress", "run"},
+    "account": {"distributed", "progress"},
+    "recipe_images": GROUND
+    | MODELS
+    | SETTINGS
+    | {"graph", "images", "account", "progress", "run", "student_images"},
+    "resume": GROUND | MODELS | SETTINGS | {"run"},
     "sharpness": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover"},
     "export": GROUND | MODELS | SETTINGS | {"graph", "quant", "student", "run"},
     "distributed": {"errors"},

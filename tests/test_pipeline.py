@@ -16,8 +16,9 @@ import zsq
 import zsq.run as run_module
 from zsq.errors import JobError
 from zsq.models import Teacher
-from zsq.pipeline import Batches, quantize, synthesize_images
+from zsq.pipeline import quantize, synthesize_images
 from zsq.progress import Progress
+from zsq.recipe_images import Batches
 from zsq.run import load_run
 from zsq.student import student_to_bytes
 

@@ -12,8 +12,9 @@ from tiny_networks import message
 
 import zsq
 from zsq.models import Teacher
-from zsq.pipeline import Batches, quantize, synthesize_images
+from zsq.pipeline import quantize, synthesize_images
 from zsq.progress import Progress
+from zsq.recipe_images import Batches
 from zsq.student import student_to_bytes
 
 REFINED: dict[str, Any] = {

@@ -27,9 +27,10 @@ from zsq.errors import UsageError
 from zsq.evaluate import CHUNK, accuracy
 from zsq.images.settings import Synthesis
 from zsq.images.synthesize import batch_name, batch_sizes
-from zsq.pipeline import Batches, quantize, synthesize_images
+from zsq.pipeline import quantize, synthesize_images
 from zsq.progress import Callback, Progress
 from zsq.recipe import GivenImages, Recipe, describe
+from zsq.recipe_images import Batches
 from zsq.run import load_run, read_record, write_atomic
 
 WORK, IMAGES = "work", "images"  # folders of a benchmark: unfinished pieces, and finished images

@@ -1,25 +1,19 @@
 """From a teacher to a low-bit student: the stages, top to bottom."""
 
 import copy
-import hashlib
-import json
 import logging
-import platform
 import shutil
 import tempfile
-import time
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
-from zsq._version import __version__
+from zsq.account import Account
 from zsq.budget import with_budget
 from zsq.distributed import ALONE, Group
 from zsq.errors import UsageError
@@ -27,62 +21,37 @@ from zsq.evaluate import agreement, unit_signal_to_noise
 from zsq.graph.blocks import Unit, split
 from zsq.graph.capture import capture
 from zsq.images.forward import observe
-from zsq.images.prior import input_prior
 from zsq.images.settings import Synthesis
-from zsq.images.synthesize import batch_name, batch_sizes, is_complete, synthesize
 from zsq.memory import cache_bytes, read_bytes
-from zsq.models import ModelSpec, Teacher, load_model
+from zsq.models import Teacher, load_model
 from zsq.progress import Callback, Progress, silent
 from zsq.quant.scheme import parse_bits
-from zsq.recipe import GaussianNoise, GivenImages, Recipe, describe, with_overrides
+from zsq.recipe import GivenImages, Recipe, with_overrides
+from zsq.recipe_images import (
+    Batches,
+    batch_names,
+    check_made,
+    make_holdout,
+    make_images,
+    shape_images,
+    with_given_images,
+)
 from zsq.recipes import get_recipe
 from zsq.recover.reconstruct import reconstruct, unit_name
 from zsq.recover.storage import MEMORY, Storage
-from zsq.rng import derived_seed, rng_for
+from zsq.resume import identity_of, open_state
 from zsq.run import (
     FORMAT,
     RECORD,
     STATE,
     Run,
     State,
-    StateFolder,
-    claim_folder,
-    is_run_folder,
-    read_record,
-    temporary_files,
     write_images,
-    write_record,
 )
 from zsq.student import stored_bytes
-from zsq.student_images import Networks, attached, check_shaping, filtered_images, refined_images, refines
+from zsq.student_images import attached, check_shaping, refines
 
 logger = logging.getLogger(__name__)
-Batches = MutableMapping[str, dict[str, Tensor]]
-
-
-@dataclass
-class _Account:
-    """What a run keeps track of on the way: its processes, time by stage and logged steps."""
-
-    progress: Callback
-    group: Group = ALONE
-    timings: dict[str, float] = field(default_factory=dict)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.timings[stage] = round(self.timings.get(stage, 0.0) + time.perf_counter() - started, 3)
-
-    def __call__(self, event: Progress) -> None:
-        if event.values:
-            self.metrics.append(
-                {"stage": event.stage, "item": event.item, "done": event.done, **event.values}
-            )
-        self.progress(event)
 
 
 def compose_recipe(
@@ -161,7 +130,7 @@ def quantize(
         recipe, bits=bits, ends=ends, budget=budget, overrides=overrides, input_size=size
     )
     if images is not None:
-        settings = _with_given_images(settings, teacher, images)
+        settings = with_given_images(settings, teacher, images)
         images = images.detach().float().cpu()
     elif isinstance(settings.synthesis, GivenImages):
         raise UsageError(
@@ -170,16 +139,16 @@ def quantize(
         )
     target = _device(device)
     bound = None if memory is None else read_bytes(memory)
-    account = _Account(progress, group)
+    account = Account(progress, group)
     with account.timed("capture"):
         graph = captured(teacher, target)
         _check_graph(graph, settings)
-    identity = _identity("quantize", teacher, settings, images, seed, target)
+    identity = identity_of("quantize", teacher, settings, images, seed, target)
     folder = Path(out) if out is not None else None
     state: State = {}
     if folder is not None:
-        state = _open_state(folder, identity, force=force, command=command, group=group)
-    _check_made(made or {}, settings, teacher.spec)
+        state = open_state(folder, identity, force=force, command=command, group=group)
+    check_made(made or {}, settings, teacher.spec)
     pieces = ChainMap(state, made or {})
     scratch = folder / STATE if folder is not None and folder.is_dir() else Path(tempfile.gettempdir())
     run = _run_stages(teacher, graph, settings, images, seed, target, pieces, account, bound, scratch)
@@ -243,15 +212,15 @@ def synthesize_images(
     state: State = {}
     folder = Path(out) if out is not None else None
     if folder is not None:
-        identity = _identity("synthesize", teacher, settings, None, seed, target)
-        state = _open_state(folder, identity, force=force, command=None, group=group)
-    account, keep = _Account(progress, group), made is not None
-    images = _make_images(graph, teacher, settings, None, seed, target, state, account, keep_sources=keep)
+        identity = identity_of("synthesize", teacher, settings, None, seed, target)
+        state = open_state(folder, identity, force=force, command=None, group=group)
+    account, keep = Account(progress, group), made is not None
+    images = make_images(graph, teacher, settings, None, seed, target, state, account, keep_sources=keep)
     if made is not None:
-        made.update({name: state[name] for name in _batch_names(settings)})
+        made.update({name: state[name] for name in batch_names(settings)})
     if refines(settings) or settings.filter is not None:
         networks = attached(graph, settings)
-        images = _shape_images(networks, images, settings, teacher.spec, seed, state, account)
+        images = shape_images(networks, images, settings, teacher.spec, seed, state, account)
     if folder is not None:
 
         def write() -> None:
@@ -298,17 +267,17 @@ def _run_stages(
     seed: int,
     device: torch.device,
     state: State,
-    account: _Account,
+    account: Account,
     bound: int | None,
     scratch: Path,
 ) -> Run:
     with account.timed("synthesize"):
-        images = _make_images(graph, teacher, settings, given, seed, device, state, account)
+        images = make_images(graph, teacher, settings, given, seed, device, state, account)
     with account.timed("quantize"):
         networks = attached(graph, settings)
         original, student, units = networks.original, networks.student, networks.units
         quantizers = networks.quantizers
-    images = _shape_images(networks, images, settings, teacher.spec, seed, state, account)
+    images = shape_images(networks, images, settings, teacher.spec, seed, state, account)
     with account.timed("reconstruct"):
         learning = None if settings.scheme.is_eight_bit else settings.reconstruction
         steps = learning.steps if learning else 1
@@ -337,7 +306,7 @@ def _run_stages(
             storage=_storage(original, units, len(images), bound, scratch),
         )
     with account.timed("holdout"):
-        holdout = _make_holdout(graph, teacher, settings, seed, state, account)
+        holdout = make_holdout(graph, teacher, settings, seed, state, account)
         if holdout is not None:
             holdout = holdout.to(device)
         estimates = _estimates(original, student, units, images, holdout)
@@ -371,144 +340,6 @@ def _storage(
     return Storage(scratch)
 
 
-def _make_images(
-    graph: fx.GraphModule,
-    teacher: Teacher,
-    settings: Recipe,
-    given: Tensor | None,
-    seed: int,
-    device: torch.device,
-    state: State,
-    account: _Account,
-    *,
-    keep_sources: bool = False,
-) -> Tensor:
-    source = settings.synthesis
-    if isinstance(source, GivenImages):
-        assert given is not None
-        count = min(source.num_images, len(given)) if source.num_images else len(given)
-        chosen = torch.randperm(len(given), generator=rng_for(seed, "given"))[:count]
-        return given[chosen].to(device)
-    if isinstance(source, GaussianNoise):
-        shape = (source.num_images, *teacher.spec.input_size)
-        noise = torch.randn(shape, generator=rng_for(seed, "noise"))
-        return input_prior(teacher.spec).apply(noise).to(device)
-    keep = keep_sources or refines(settings)
-    return _synthesize(graph, source, teacher.spec, seed, state, account, keep_sources=keep).to(device)
-
-
-def _shape_images(
-    networks: Networks,
-    images: Tensor,
-    settings: Recipe,
-    spec: ModelSpec,
-    seed: int,
-    state: State,
-    account: _Account,
-) -> Tensor:
-    """What depends on a student: refinement, then the filter; the images as they are without either."""
-    if refines(settings):
-        with account.timed("refine"):
-            images = refined_images(networks, images, settings, spec, seed, state, state, account)
-    if settings.filter is not None:
-        with account.timed("filter"):
-            images = filtered_images(networks, images, settings, seed)
-    return images
-
-
-def _batch_names(settings: Recipe) -> list[str]:
-    """Names of the batches of synthesis."""
-    source = settings.synthesis
-    if not isinstance(source, Synthesis):
-        return []
-    return [batch_name(k) for k in range(len(batch_sizes(source.num_images, source.batch_size)))]
-
-
-def _check_made(made: Batches, settings: Recipe, spec: ModelSpec) -> None:
-    """Refuse batches that are not those of this recipe's synthesis."""
-    source = settings.synthesis
-    if not made or not isinstance(source, Synthesis):
-        return
-    sizes = batch_sizes(source.num_images, source.batch_size)
-    expected = {name: (n, *spec.input_size) for name, n in zip(_batch_names(settings), sizes, strict=True)}
-    got = {name: tuple(piece["images"].shape) for name, piece in made.items()}
-    if got != expected:
-        raise UsageError(f"The images made before have the shapes {got}, expected {expected}.")
-
-
-def _synthesize(
-    graph: fx.GraphModule,
-    settings: Synthesis,
-    spec: ModelSpec,
-    seed: int,
-    state: State,
-    account: _Account,
-    *,
-    stage: str = "synthesize",
-    keep_sources: bool = False,
-) -> Tensor:
-    sizes = batch_sizes(settings.num_images, settings.batch_size)
-    names = [batch_name(index) for index in range(len(sizes))]
-    size = account.group.size
-    missing = [i for i, name in enumerate(names) if not is_complete(state.get(name), keep_sources)]
-    if stage == "synthesize" and len(missing) % size:
-        idle = size - len(missing) % size
-        logger.info(
-            "%d batches of images for %d processes: in the last turn %d of them %s nothing to make. Smaller "
-            "batches (--set synthesis.batch_size=...) are more, but then the images are others.",
-            len(missing),
-            size,
-            idle,
-            "has" if idle == 1 else "have",
-        )
-
-    def report(index: int, steps: int, values: dict[str, float], *, resumed: bool = False) -> None:
-        item, total = f"batch {index + 1} of {len(sizes)}", len(sizes) * settings.steps
-        account(Progress(stage, item, index * settings.steps + steps, total, values, resumed))
-
-    def log(batch: str, step: int, _: int, values: dict[str, float]) -> None:
-        index = names.index(batch)
-        if size > 1:  # the other processes are about as far with theirs
-            before = missing.index(index) // size * size
-            together = min(size, len(missing) - before)
-            done = (len(names) - len(missing) + before) * settings.steps + (step + 1) * together
-            item = f"batch {index + 1} of {len(sizes)}, {together} at once"
-            account(Progress(stage, item, done, len(sizes) * settings.steps, values))
-        else:
-            report(index, step + 1, values)
-
-    for index, name in enumerate(names):
-        if is_complete(state.get(name), keep_sources):
-            report(index, settings.steps, {}, resumed=True)
-    return synthesize(
-        graph,
-        settings,
-        spec.input_size,
-        seed=seed,
-        finished=state,
-        log=log,
-        prior=input_prior(spec),
-        group=account.group,
-        keep_sources=keep_sources,
-    )
-
-
-def _make_holdout(
-    graph: fx.GraphModule, teacher: Teacher, settings: Recipe, seed: int, state: State, account: _Account
-) -> Tensor | None:
-    """Images of a batch of their own, which nothing is calibrated on; None if the recipe makes no images."""
-    source = settings.synthesis
-    if not isinstance(source, Synthesis) or settings.num_holdout < 2:
-        return None
-    if "holdout" not in state:
-        alone = replace(source, num_images=settings.num_holdout)
-        own_seed = derived_seed(seed, "holdout")
-        state["holdout"] = {
-            "images": _synthesize(graph, alone, teacher.spec, own_seed, {}, account, stage="holdout")
-        }
-    return state["holdout"]["images"]
-
-
 def _estimates(
     teacher: fx.GraphModule, student: fx.GraphModule, units: Any, images: Tensor, holdout: Tensor | None
 ) -> dict[str, Any]:
@@ -519,89 +350,3 @@ def _estimates(
         result["unit_snr"] = unit_signal_to_noise(teacher, student, units, holdout)
     result["calibration_images"] = agreement(student, teacher, images)
     return result
-
-
-def _with_given_images(settings: Recipe, teacher: Teacher, images: Tensor) -> Recipe:
-    if images.ndim != 4 or tuple(images.shape[1:]) != teacher.spec.input_size or len(images) == 0:
-        raise UsageError(
-            f"The given images have shape {tuple(images.shape)}; the model takes (N, "
-            f"{', '.join(map(str, teacher.spec.input_size))})."
-        )
-    if not images.is_floating_point() or not bool(images.isfinite().all()):
-        raise UsageError(
-            f"The given images (of type {str(images.dtype).removeprefix('torch.')}) are integers or hold NaN "
-            "or infinity. Expected finite floating-point numbers, normalised as the model's input: "
-            "(pixel - mean) / std for pixels in [0, 1]."
-        )
-    if isinstance(settings.synthesis, GivenImages):
-        return settings
-    return replace(settings, synthesis=GivenImages(num_images=0), refinement=None)
-
-
-def _identity(
-    job: str, teacher: Teacher, settings: Recipe, images: Tensor | None, seed: int, device: torch.device
-) -> dict[str, Any]:
-    """Everything that the resulting bits depend on; only a run of the same identity continues a folder."""
-    given = None
-    if images is not None:
-        given = hashlib.sha256(np.ascontiguousarray(images.numpy()).tobytes()).hexdigest()
-    identity = {
-        "job": job,
-        "bits": settings.scheme.bits,
-        "seed": seed,
-        "device": device.type,
-        "model": {
-            "name": teacher.name,
-            "source": asdict(teacher.source),
-            "sha256": teacher.sha256,
-            "spec": asdict(teacher.spec),
-            "parameters": sum(p.numel() for p in teacher.module.parameters()),
-        },
-        "given_images_sha256": given,
-        "recipe": describe(settings),
-        "versions": {
-            "zsq": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    result: dict[str, Any] = json.loads(json.dumps(identity))
-    return result
-
-
-def _open_state(
-    folder: Path, identity: dict[str, Any], *, force: bool, command: str | None, group: Group
-) -> State:
-    """The state of the run in `folder`: that of an interrupted run of the same identity, or a fresh one.
-
-    Process 0 keeps it on disk; the others have a copy.
-    """
-    state = group.first(lambda: _state_on_disk(folder, identity, force=force, command=command))
-    return group.pieces_of_first({} if state is None else state)
-
-
-def _state_on_disk(folder: Path, identity: dict[str, Any], *, force: bool, command: str | None) -> State:
-    record: dict[str, Any] = {}
-    if is_run_folder(folder):
-        try:
-            record = read_record(folder)
-        except UsageError:
-            if not force:
-                raise
-    if record.get("status") == "running":
-        different = [key for key in identity if record.get(key) != identity[key]]
-        if not different:  # also with `force`: the command that is continued may have had it
-            for path in temporary_files(folder):
-                path.unlink(missing_ok=True)
-            return StateFolder(folder / STATE)
-        if not force:
-            own = f" ({record['command']})" if record.get("command") else ""
-            raise UsageError(
-                f"{folder} holds an unfinished run that differs in: {', '.join(different)}. Nothing was "
-                f"changed. Continue it with its own call{own}, choose another --out, or replace it with "
-                "--force."
-            )
-    claim_folder(folder, force=force)
-    write_record(folder, {"format": FORMAT, "status": "running", "command": command, **identity})
-    return StateFolder(folder / STATE)

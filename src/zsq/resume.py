@@ -1,0 +1,98 @@
+"""Which run a folder holds, and what of it is finished."""
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zsq._version import __version__
+from zsq.distributed import Group
+from zsq.errors import UsageError
+from zsq.models import Teacher
+from zsq.recipe import Recipe, describe
+from zsq.run import (
+    FORMAT,
+    STATE,
+    State,
+    StateFolder,
+    claim_folder,
+    is_run_folder,
+    read_record,
+    temporary_files,
+    write_record,
+)
+
+
+def identity_of(
+    job: str, teacher: Teacher, settings: Recipe, images: Tensor | None, seed: int, device: torch.device
+) -> dict[str, Any]:
+    """Everything that the resulting bits depend on; only a run of the same identity continues a folder."""
+    given = None
+    if images is not None:
+        given = hashlib.sha256(np.ascontiguousarray(images.numpy()).tobytes()).hexdigest()
+    identity = {
+        "job": job,
+        "bits": settings.scheme.bits,
+        "seed": seed,
+        "device": device.type,
+        "model": {
+            "name": teacher.name,
+            "source": asdict(teacher.source),
+            "sha256": teacher.sha256,
+            "spec": asdict(teacher.spec),
+            "parameters": sum(p.numel() for p in teacher.module.parameters()),
+        },
+        "given_images_sha256": given,
+        "recipe": describe(settings),
+        "versions": {
+            "zsq": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    result: dict[str, Any] = json.loads(json.dumps(identity))
+    return result
+
+
+def open_state(
+    folder: Path, identity: dict[str, Any], *, force: bool, command: str | None, group: Group
+) -> State:
+    """The state of the run in `folder`: that of an interrupted run of the same identity, or a fresh one.
+
+    Process 0 keeps it on disk; the others have a copy.
+    """
+    state = group.first(lambda: _state_on_disk(folder, identity, force=force, command=command))
+    return group.pieces_of_first({} if state is None else state)
+
+
+def _state_on_disk(folder: Path, identity: dict[str, Any], *, force: bool, command: str | None) -> State:
+    record: dict[str, Any] = {}
+    if is_run_folder(folder):
+        try:
+            record = read_record(folder)
+        except UsageError:
+            if not force:
+                raise
+    if record.get("status") == "running":
+        different = [key for key in identity if record.get(key) != identity[key]]
+        if not different:  # also with `force`: the command that is continued may have had it
+            for path in temporary_files(folder):
+                path.unlink(missing_ok=True)
+            return StateFolder(folder / STATE)
+        if not force:
+            own = f" ({record['command']})" if record.get("command") else ""
+            raise UsageError(
+                f"{folder} holds an unfinished run that differs in: {', '.join(different)}. Nothing was "
+                f"changed. Continue it with its own call{own}, choose another --out, or replace it with "
+                "--force."
+            )
+    claim_folder(folder, force=force)
+    write_record(folder, {"format": FORMAT, "status": "running", "command": command, **identity})
+    return StateFolder(folder / STATE)
