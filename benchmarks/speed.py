@@ -45,15 +45,25 @@ def measure_alone(yardstick: Yardstick, side: str, stage: str, precision: Precis
     device = yardstick.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        held = torch.cuda.memory_allocated(device)
         yardstick.alone(side, stage, precision, 2)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return (torch.cuda.max_memory_allocated(device) - held) / 2**20
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")  # Linux: the peak so far, of loading and capturing, is forgotten
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _highest()
     yardstick.alone(side, stage, precision, 2)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return _highest() - before
+
+
+def _highest() -> float:
+    """MiB of this process at its highest. (What getrusage says on Linux includes the parent before exec.)"""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def row(stage: str, precision: str, clocked: dict[str, Clocked]) -> dict[str, Any]:
