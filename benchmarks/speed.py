@@ -124,8 +124,9 @@ def tables(report: dict[str, Any]) -> str:
 def section(report: dict[str, Any]) -> str:
     """The tables under a heading, with what they were measured with."""
     steps, kept = report["steps"], report["kept_freed_memory"]
+    batch = min(report["batch_size"], report["images"])
     facts = (
-        f"{report['images']} images, {steps['synthesis']} steps a batch of {report['batch_size']}, "
+        f"{report['images']} images, {steps['synthesis']} steps a batch of {batch}, "
         f"{steps['reconstruction']} steps a unit, {report['bits']}, {report['device']}, "
         f"{report['threads']} thread{'' if report['threads'] == 1 else 's'}, torch {report['torch']}, "
         f"freed memory {'kept' if kept else 'returned'}."
