@@ -45,15 +45,25 @@ def measure_alone(yardstick: Yardstick, side: str, stage: str, precision: Precis
     device = yardstick.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        held = torch.cuda.memory_allocated(device)
         yardstick.alone(side, stage, precision, 2)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return (torch.cuda.max_memory_allocated(device) - held) / 2**20
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")  # Linux: the peak so far, of loading and capturing, is forgotten
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _highest()
     yardstick.alone(side, stage, precision, 2)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return _highest() - before
+
+
+def _highest() -> float:
+    """MiB of this process at its highest. (What getrusage says on Linux includes the parent before exec.)"""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def row(stage: str, precision: str, clocked: dict[str, Clocked]) -> dict[str, Any]:
@@ -114,8 +124,9 @@ def tables(report: dict[str, Any]) -> str:
 def section(report: dict[str, Any]) -> str:
     """The tables under a heading, with what they were measured with."""
     steps, kept = report["steps"], report["kept_freed_memory"]
+    batch = min(report["batch_size"], report["images"])
     facts = (
-        f"{report['images']} images, {steps['synthesis']} steps a batch of {report['batch_size']}, "
+        f"{report['images']} images, {steps['synthesis']} steps a batch of {batch}, "
         f"{steps['reconstruction']} steps a unit, {report['bits']}, {report['device']}, "
         f"{report['threads']} thread{'' if report['threads'] == 1 else 's'}, torch {report['torch']}, "
         f"freed memory {'kept' if kept else 'returned'}."
