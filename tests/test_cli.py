@@ -216,7 +216,9 @@ def test_filters_and_bits_of_images(model: str, folder: Path, capsys: Capture) -
     assert code == 0 and "3 images of 3x8x8" in text, err
     for wrong in ("gradient_cover", "gradient_cover:many", ":3"):
         assert "METHOD:N" in refusal(capsys, "quantize", model, *INPUT, "--filter", wrong)
-    assert "'gradient_cover', 'random'" in refusal(capsys, "quantize", model, *INPUT, "--filter", "best:3")
+    both = ["--filter", "energy:5", "--filter", "bn_sensitivity:3"]
+    assert call(capsys, "synthesize", model, *INPUT, *SMALL, *both, "--out", folder / "both")[0] == 0
+    assert "'patch_entropy', 'random'" in refusal(capsys, "quantize", model, *INPUT, "--filter", "best:3")
 
 
 def test_recipes_and_models(capsys: Capture) -> None:

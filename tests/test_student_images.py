@@ -138,7 +138,7 @@ def test_refinement_needs_synthesis(model: Teacher, tmp_path: Path) -> None:
     assert given.images.shape[0] == 12 and "refinement" not in given.record["recipe"]
 
 
-@pytest.mark.parametrize("method", ["gradient_cover", "random"])
+@pytest.mark.parametrize("method", ["gradient_cover", "energy", "bn_sensitivity", "random"])
 def test_filter(method: str, model: Teacher) -> None:
     chosen = {"filter": "on", "filter.method": method, "filter.keep": 7}
     every = run(model, "genie")
@@ -156,3 +156,18 @@ def test_filter_of_given_images(model: Teacher) -> None:
     chosen = {"filter": "on", "filter.keep": 5, "filter.gradients": "all_units", "reconstruction.steps": 2}
     found = quantize(model, recipe="given", images=twins, overrides=chosen, bits="W3A3")
     assert len(torch.unique(found.images, dim=0)) == 5
+
+
+def test_filters_one_after_another(model: Teacher) -> None:
+    first = {"filter": "on", "filter.method": "energy", "filter.keep": 9}
+    then = {"filter.then": "on", "filter.then.method": "bn_sensitivity", "filter.then.keep": 4}
+    every, nine, four = (run(model, "genie", overrides=o).images for o in ({}, first, first | then))
+    assert [len(x) for x in (nine, four)] == [9, 4]
+    assert all(any(torch.equal(x, y) for y in nine) for x in four) and len(every) > 9
+
+
+def test_filters_that_a_model_cannot_serve(model: Teacher, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    wrong = {"filter": "on", "filter.method": "patch_entropy"}
+    assert "no" in message(lambda: quantize(model, overrides={**UNREFINED, **wrong}, out=out))
+    assert not out.exists()

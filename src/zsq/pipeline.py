@@ -254,7 +254,7 @@ def _check_graph(graph: fx.GraphModule, settings: Recipe) -> None:
         split(graph.graph)
     except ValueError as error:
         raise UsageError(f"There is nothing to quantize in this model: {error}.") from error
-    check_shaping(settings)
+    check_shaping(graph, settings)
     if isinstance(settings.synthesis, Synthesis):
         observe(graph)
 

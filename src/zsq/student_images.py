@@ -12,11 +12,20 @@ from zsq.errors import UsageError
 from zsq.graph.blocks import Unit, split
 from zsq.graph.fold import fold_batch_norms
 from zsq.graph.tensors import device_of
-from zsq.images.filters import cover
+from zsq.images.filters import cover, least_sensitive, lowest
+from zsq.images.forward import observe
 from zsq.images.gradients import Probe, gradient_probe
 from zsq.images.prior import input_prior
 from zsq.images.refine import refine, refined_name
-from zsq.images.settings import Refinement, Scope, Synthesis
+from zsq.images.scores import (
+    energy,
+    gives_logits,
+    logits_of,
+    mean_patch_entropy,
+    norm_sums,
+    patch_nodes,
+)
+from zsq.images.settings import Filter, Refinement, Scope, Synthesis
 from zsq.images.synthesize import Batch, batch_from_piece, batch_name, batch_sizes
 from zsq.models import ModelSpec
 from zsq.progress import Callback, Progress
@@ -118,28 +127,55 @@ def refined_images(
 
 
 def filtered_images(networks: Networks, images: Tensor, settings: Recipe, seed: int) -> Tensor:
-    """The images that the recipe's filter keeps, in their order.
+    """The images that the recipe's filters keep, in their order."""
+    for chosen in filters_of(settings):
+        if chosen.keep < len(images):
+            index = _kept(networks, images, settings, chosen, seed)
+            images = images[index.sort().values.to(images.device)]
+    return images
 
-    The student that gives the gradients rounds to nearest and is calibrated on all images.
-    """
-    chosen = settings.filter
-    assert chosen is not None
-    if chosen.keep >= len(images):
-        return images
+
+def filters_of(settings: Recipe) -> list[Filter]:
+    """The filters of a recipe, in order."""
+    found, chosen = [], settings.filter
+    while chosen is not None:
+        found.append(chosen)
+        chosen = chosen.then
+    return found
+
+
+def _kept(networks: Networks, images: Tensor, settings: Recipe, chosen: Filter, seed: int) -> Tensor:
+    """Indices of `chosen.keep` of more images."""
     if chosen.method == "random":
-        index = torch.randperm(len(images), generator=rng_for(seed, "filter"))[: chosen.keep]
-    else:
+        return torch.randperm(len(images), generator=rng_for(seed, "filter"))[: chosen.keep]
+    if chosen.method == "gradient_cover":  # by a student that rounds to nearest, calibrated on all images
         student = _learned(networks, images, settings, None, seed, {}, lambda *_: None)
-        index = cover(_probe(networks, student, chosen.gradients), images, chosen.keep)
-    return images[index.sort().values.to(images.device)]
+        return cover(_probe(networks, student, chosen.gradients), images, chosen.keep)
+    graph = networks.graph
+    logits = logits_of(graph, images) if gives_logits(graph.graph) else images.new_zeros(len(images), 1)
+    classes = logits.argmax(1) if chosen.balanced else torch.zeros_like(logits[:, 0], dtype=torch.int64)
+    if chosen.method == "bn_sensitivity":
+        return least_sensitive(norm_sums(observe(graph), images), classes, chosen.keep)
+    scores = energy(logits) if chosen.method == "energy" else -mean_patch_entropy(graph, images)
+    return lowest(scores, classes.to(scores.device), chosen.keep)
 
 
-def check_shaping(settings: Recipe) -> None:
-    """Refuse a refinement of images that nothing synthesised.
+def check_shaping(graph: fx.GraphModule, settings: Recipe) -> None:
+    """Refuse a refinement of images that nothing synthesised, or a filter that the model cannot serve.
 
     Raises:
         UsageError: so.
     """
+    for chosen in filters_of(settings):
+        if chosen.method == "bn_sensitivity":
+            observe(graph)
+        elif chosen.method == "patch_entropy":
+            patch_nodes(graph.graph)
+        elif chosen.method == "energy" and not gives_logits(graph.graph):
+            raise UsageError(
+                "The filter energy needs a classifier (outputs of shape (N, K)), and this model is none. "
+                "Choose another, such as bn_sensitivity."
+            )
     if settings.refinement is not None and not isinstance(settings.synthesis, Synthesis):
         raise UsageError(
             f"The recipe {settings.name!r} refines images, which needs the generators that made them, but "

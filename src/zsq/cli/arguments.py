@@ -38,9 +38,12 @@ SetOption = Annotated[
     ),
 ]
 FilterOption = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        "--filter", metavar="METHOD:N", help="keep N of the images: gradient_cover:256, or random:256"
+        "--filter",
+        metavar="METHOD:N",
+        help="keep N of the images: gradient_cover:256, energy, bn_sensitivity, patch_entropy or random; "
+        "repeated, each filters what the one before kept",
     ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, metavar="N", help="all randomness follows from it")]
@@ -86,18 +89,23 @@ def read_settings(texts: Sequence[str] | None) -> dict[str, str]:
     return found
 
 
-def read_filter(text: str | None) -> dict[str, str]:
-    """ "gradient_cover:128" -> the settings that put this filter into a recipe; None gives none.
+def read_filters(texts: Sequence[str] | None) -> dict[str, str]:
+    """["energy:512", "random:256"] -> the settings that put these filters into a recipe, one after another.
 
     Raises:
         UsageError: not a name and a whole number.
     """
-    if text is None:
-        return {}
-    method, _, count = text.partition(":")
-    if not method.strip() or not count.strip().isdigit():
-        raise UsageError(f"--filter takes METHOD:N, for example --filter gradient_cover:256; got {text!r}.")
-    return {"filter": "on", "filter.method": method.strip(), "filter.keep": count.strip()}
+    found: dict[str, str] = {}
+    place = "filter"
+    for text in texts or ():
+        method, _, count = text.partition(":")
+        if not method.strip() or not count.strip().isdigit():
+            raise UsageError(
+                f"--filter takes METHOD:N, for example --filter gradient_cover:256; got {text!r}."
+            )
+        found |= {place: "on", f"{place}.method": method.strip(), f"{place}.keep": count.strip()}
+        place += ".then"
+    return found
 
 
 def read_numbers(text: str | None, option: str, kind: type[int] | type[float]) -> tuple[Any, ...] | None:

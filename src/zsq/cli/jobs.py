@@ -26,7 +26,7 @@ from zsq.cli.arguments import (
     default_out,
     is_run,
     processes,
-    read_filter,
+    read_filters,
     read_settings,
     read_teacher,
 )
@@ -61,7 +61,7 @@ def quantize(
     ends: EndsOption = None,
     budget: BudgetOption = "standard",
     settings: SetOption = None,
-    image_filter: FilterOption = None,
+    filters: FilterOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     out: Annotated[
@@ -93,7 +93,7 @@ def quantize(
         from zsq.data import load_images
         from zsq.run import write_record
 
-        overrides = {**read_filter(image_filter), **read_settings(settings)}
+        overrides = {**read_filters(filters), **read_settings(settings)}
         composed = zsq.compose_recipe(recipe, bits=bits, ends=ends, budget=budget, overrides=overrides)
         bits = composed.scheme.bits
         teacher = read_teacher(model, weights, input_size, mean, std)
@@ -144,7 +144,7 @@ def synthesize(
     ends: EndsOption = None,
     budget: BudgetOption = "standard",
     settings: SetOption = None,
-    image_filter: FilterOption = None,
+    filters: FilterOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     out: Annotated[
@@ -163,7 +163,7 @@ def synthesize(
     with only_result_on_stdout(), processes(device) as (group, target):
         import zsq
 
-        overrides = {**read_filter(image_filter), **read_settings(settings)}
+        overrides = {**read_filters(filters), **read_settings(settings)}
         zsq.compose_recipe(recipe, bits=bits, ends=ends, budget=budget, overrides=overrides)
         teacher = read_teacher(model, weights, input_size, mean, std)
         folder = out or default_out("images", teacher, recipe, bits or "", seed)

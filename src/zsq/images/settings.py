@@ -151,25 +151,36 @@ class Refinement:
         _one_of("refinement.gradients", self.gradients, get_args(Scope))
 
 
+FilterMethod = Literal["gradient_cover", "energy", "bn_sensitivity", "patch_entropy", "random"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Filter:
-    """Keep some of the images: those whose gradients stand best for those of all.
+    """Keep some of the images.
 
     Attributes:
         method: "gradient_cover": greedily the image that most raises the sum over all images of the largest
-            cosine between its gradient and that of a chosen one; "random": any.
+            cosine between its gradient and that of a chosen one; "energy": those that the classifier knows
+            best; "bn_sensitivity": leave out what takes the set away from the BatchNorm statistics;
+            "patch_entropy": those whose patches differ most (networks with LayerNorm); "random": any.
         keep: how many; all if there are fewer.
-        gradients: of which weights, see `Refinement`; the student only has its ranges calibrated.
+        gradients: of which weights "gradient_cover" takes them, see `Refinement`; the student only has its
+            ranges calibrated.
+        balanced: "energy", "bn_sensitivity" and "patch_entropy" keep the same share of every class (the one
+            that the teacher sees in an image; of a network that is no classifier all images are of one).
+        then: another filter for what this one keeps.
     """
 
-    method: Literal["gradient_cover", "random"] = "gradient_cover"
+    method: FilterMethod = "gradient_cover"
     keep: int = 256
     gradients: Scope = "last_layer"
+    balanced: bool = True
+    then: "Filter | None" = None
 
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise UsageError(f"filter.keep is {self.keep}. Expected at least 1.")
-        _one_of("filter.method", self.method, ("gradient_cover", "random"))
+        _one_of("filter.method", self.method, get_args(FilterMethod))
         _one_of("filter.gradients", self.gradients, get_args(Scope))
 
 
