@@ -17,7 +17,7 @@ from zsq.progress import Progress
 from zsq.recipe import GaussianNoise, GivenImages, Recipe
 from zsq.rng import derived_seed, rng_for
 from zsq.run import State
-from zsq.student_images import Networks, filtered_images, refined_images, refines
+from zsq.student_images import Networks, kept_images, refined_images, refines
 
 logger = logging.getLogger(__name__)
 Batches = MutableMapping[str, dict[str, Tensor]]
@@ -77,7 +77,7 @@ def shape_images(
             images = refined_images(networks, images, settings, spec, seed, state, state, account)
     if settings.filter is not None:
         with account.timed("filter"):
-            images = filtered_images(networks, images, settings, seed)
+            images = images[kept_images(networks, images, settings, seed).to(images.device)]
     return images
 
 

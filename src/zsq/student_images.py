@@ -126,13 +126,26 @@ def refined_images(
     return refined.to(device)
 
 
-def filtered_images(networks: Networks, images: Tensor, settings: Recipe, seed: int) -> Tensor:
-    """The images that the recipe's filters keep, in their order."""
+def kept_images(
+    networks: Networks, images: Tensor, settings: Recipe, seed: int, *, classes: Tensor | None = None
+) -> Tensor:
+    """Which images the recipe's filters keep: their indices, in increasing order.
+
+    Args:
+        networks: teacher and student.
+        images: (N, C, H, W), normalised, on the device to compute on.
+        settings: a recipe with a filter.
+        seed: of the run.
+        classes: (N,) int64, what each image was made or chosen for; None if that is not known.
+    """
+    kept = torch.arange(len(images))
     for chosen in filters_of(settings):
-        if chosen.keep < len(images):
-            index = _kept(networks, images, settings, chosen, seed)
-            images = images[index.sort().values.to(images.device)]
-    return images
+        if chosen.keep < len(kept):
+            of_these = images[kept.to(images.device)]
+            groups = classes[kept] if classes is not None and chosen.balanced else torch.zeros_like(kept)
+            index = _kept(networks, of_these, groups.to(images.device), settings, chosen, seed)
+            kept = kept[index.sort().values.cpu()]
+    return kept
 
 
 def filters_of(settings: Recipe) -> list[Filter]:
@@ -144,20 +157,21 @@ def filters_of(settings: Recipe) -> list[Filter]:
     return found
 
 
-def _kept(networks: Networks, images: Tensor, settings: Recipe, chosen: Filter, seed: int) -> Tensor:
-    """Indices of `chosen.keep` of more images."""
+def _kept(
+    networks: Networks, images: Tensor, groups: Tensor, settings: Recipe, chosen: Filter, seed: int
+) -> Tensor:
+    """Indices of `chosen.keep` of more images; where single images count, the same share of every group."""
+    graph, keep = networks.graph, chosen.keep
     if chosen.method == "random":
-        return torch.randperm(len(images), generator=rng_for(seed, "filter"))[: chosen.keep]
+        return torch.randperm(len(images), generator=rng_for(seed, "filter"))[:keep]
     if chosen.method == "gradient_cover":  # by a student that rounds to nearest, calibrated on all images
         student = _learned(networks, images, settings, None, seed, {}, lambda *_: None)
-        return cover(_probe(networks, student, chosen.gradients), images, chosen.keep)
-    graph = networks.graph
-    logits = logits_of(graph, images) if gives_logits(graph.graph) else images.new_zeros(len(images), 1)
-    classes = logits.argmax(1) if chosen.balanced else torch.zeros_like(logits[:, 0], dtype=torch.int64)
+        return cover(_probe(networks, student, chosen.gradients), images, keep)
     if chosen.method == "bn_sensitivity":
-        return least_sensitive(norm_sums(observe(graph), images), classes, chosen.keep)
-    scores = energy(logits) if chosen.method == "energy" else -mean_patch_entropy(graph, images)
-    return lowest(scores, classes.to(scores.device), chosen.keep)
+        return least_sensitive(norm_sums(observe(graph), images), groups, keep)
+    if chosen.method == "energy":
+        return lowest(energy(logits_of(graph, images)), groups, keep)
+    return lowest(-mean_patch_entropy(graph, images), groups, keep)
 
 
 def check_shaping(graph: fx.GraphModule, settings: Recipe) -> None:

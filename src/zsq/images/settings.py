@@ -166,8 +166,8 @@ class Filter:
         keep: how many; all if there are fewer.
         gradients: of which weights "gradient_cover" takes them, see `Refinement`; the student only has its
             ranges calibrated.
-        balanced: "energy", "bn_sensitivity" and "patch_entropy" keep the same share of every class (the one
-            that the teacher sees in an image; of a network that is no classifier all images are of one).
+        balanced: "energy", "bn_sensitivity" and "patch_entropy" keep the same share of every class, where it
+            is known for which class an image was made.
         then: another filter for what this one keeps.
     """
 
