@@ -18,7 +18,7 @@ ROOT = Path(zsq.__file__).parent
 # stage takes, below all stages but graph, which has no settings.
 GROUND = {"errors", "rng", "distributed", "_version", "allocator", "out_of_memory"}
 MODELS = {"architectures", "bundled", "weight_files", "teacher", "models"}
-SETTINGS = {"recipe", "images.settings", "quant.scheme"}
+SETTINGS = {"recipe", "images.prompts", "images.settings", "quant.scheme"}
 DATA = {"data", "data_arrays", "data_files", "data_hub", "pictures"}
 BENCH = {"bench", "bench_file", "bench_jobs", "bench_plan", "bench_row", "bench_worker"}
 ALLOWED: dict[str, set[str]] = {
@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     **{name: GROUND | MODELS | DATA for name in DATA},
     "graph": GROUND | MODELS,
     "images.settings": GROUND,
+    "images.prompts": GROUND,
     "quant.scheme": GROUND | {"graph"},
     "recipe": GROUND | SETTINGS,
     "quant": GROUND | MODELS | SETTINGS | {"graph"},
@@ -43,7 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     "recipe_images": GROUND
     | MODELS
     | SETTINGS
-    | {"graph", "images", "account", "progress", "run", "student_images"},
+    | {"graph", "images", "account", "progress", "run", "student_images", "text_images"},
+    "text_images": GROUND | MODELS | SETTINGS | DATA | {"graph", "images", "account", "progress", "run"},
     "resume": GROUND | MODELS | SETTINGS | {"run"},
     "sharpness": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover"},
     "export": GROUND | MODELS | SETTINGS | {"graph", "quant", "student", "run"},

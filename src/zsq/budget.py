@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 from zsq.errors import UsageError
-from zsq.images.settings import Synthesis
-from zsq.recipe import GaussianNoise, GivenImages, Recipe
+from zsq.images.prompts import TextToImage
+from zsq.images.settings import Filter, Synthesis
+from zsq.recipe import Recipe
 
 BUDGETS = ("quick", "standard", "paper")
 LARGE = 64 * 64  # pixels of an input above which a step costs so much more that the counts are smaller
@@ -59,7 +60,10 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
     source = recipe.synthesis
     if isinstance(source, Synthesis):
         source = replace(source, num_images=num_images, steps=synthesis_steps)
-    elif isinstance(source, (GaussianNoise, GivenImages)):
+    elif isinstance(source, TextToImage):
+        of_filtered = num_images / _final_count(recipe.filter, source.num_images)
+        source = replace(source, num_images=round(source.num_images * of_filtered))
+    else:
         source = replace(source, num_images=num_images)
     reconstruction, bits = recipe.reconstruction, recipe.scheme.weight_bits
     if reconstruction is not None:
@@ -77,7 +81,24 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
             warmup_steps=warmup_steps,
             warmup_lr_rounding=_rounding_rate(refinement.warmup_lr_rounding, warmup_steps, bits),
         )
-    return replace(recipe, synthesis=source, refinement=refinement, reconstruction=reconstruction)
+    kept = recipe.filter
+    if kept is not None:
+        kept = _scaled(kept, num_images / _final_count(kept, num_images))
+    return replace(
+        recipe, synthesis=source, refinement=refinement, filter=kept, reconstruction=reconstruction
+    )
+
+
+def _final_count(chosen: Filter | None, count: int) -> int:
+    """Images that a recipe's filters leave, of `count` without any."""
+    while chosen is not None:
+        count, chosen = chosen.keep, chosen.then
+    return count
+
+
+def _scaled(chosen: Filter, factor: float) -> Filter:
+    then = None if chosen.then is None else _scaled(chosen.then, factor)
+    return replace(chosen, keep=max(1, round(chosen.keep * factor)), then=then)
 
 
 def _rounding_rate(published: float, steps: int, bits: int) -> float:

@@ -21,6 +21,7 @@ from zsq.evaluate import agreement, unit_signal_to_noise
 from zsq.graph.blocks import Unit, split
 from zsq.graph.capture import capture
 from zsq.images.forward import observe
+from zsq.images.prompts import TextToImage
 from zsq.images.settings import Synthesis
 from zsq.memory import cache_bytes, read_bytes
 from zsq.models import Teacher, load_model
@@ -50,6 +51,7 @@ from zsq.run import (
 )
 from zsq.student import stored_bytes
 from zsq.student_images import attached, check_shaping, refines
+from zsq.text_images import plan_identity, prompts_of
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +146,7 @@ def quantize(
         graph = captured(teacher, target)
         _check_graph(graph, settings)
     identity = identity_of("quantize", teacher, settings, images, seed, target)
+    identity |= _plan_identity(graph, teacher, settings, seed)
     folder = Path(out) if out is not None else None
     state: State = {}
     if folder is not None:
@@ -213,23 +216,24 @@ def synthesize_images(
     folder = Path(out) if out is not None else None
     if folder is not None:
         identity = identity_of("synthesize", teacher, settings, None, seed, target)
+        identity |= _plan_identity(graph, teacher, settings, seed)
         state = open_state(folder, identity, force=force, command=None, group=group)
     account, keep = Account(progress, group), made is not None
-    images = make_images(graph, teacher, settings, None, seed, target, state, account, keep_sources=keep)
+    found = make_images(graph, teacher, settings, None, seed, target, state, account, keep_sources=keep)
     if made is not None:
         made.update({name: state[name] for name in batch_names(settings)})
     if refines(settings) or settings.filter is not None:
         networks = attached(graph, settings)
-        images = shape_images(networks, images, settings, teacher.spec, seed, state, account)
+        found = shape_images(networks, found, settings, teacher.spec, seed, state, account)
     if folder is not None:
 
         def write() -> None:
-            write_images(folder, images, teacher.spec)
+            write_images(folder, found.images, teacher.spec, found.prompts)
             shutil.rmtree(folder / STATE, ignore_errors=True)
             (folder / RECORD).unlink(missing_ok=True)
 
         group.first(write)
-    return images.cpu()
+    return found.images.cpu()
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -259,6 +263,14 @@ def _check_graph(graph: fx.GraphModule, settings: Recipe) -> None:
         observe(graph)
 
 
+def _plan_identity(graph: fx.GraphModule, teacher: Teacher, settings: Recipe, seed: int) -> dict[str, str]:
+    """What the images depend on besides the settings: the prompts, which hold the content of a file."""
+    source = settings.synthesis
+    if not isinstance(source, TextToImage):
+        return {}
+    return {"prompts_sha256": plan_identity(prompts_of(graph, teacher, source, seed))}
+
+
 def _run_stages(
     teacher: Teacher,
     graph: fx.GraphModule,
@@ -272,12 +284,13 @@ def _run_stages(
     scratch: Path,
 ) -> Run:
     with account.timed("synthesize"):
-        images = make_images(graph, teacher, settings, given, seed, device, state, account)
+        made = make_images(graph, teacher, settings, given, seed, device, state, account)
     with account.timed("quantize"):
         networks = attached(graph, settings)
         original, student, units = networks.original, networks.student, networks.units
         quantizers = networks.quantizers
-    images = shape_images(networks, images, settings, teacher.spec, seed, state, account)
+    made = shape_images(networks, made, settings, teacher.spec, seed, state, account)
+    images = made.images
     with account.timed("reconstruct"):
         learning = None if settings.scheme.is_eight_bit else settings.reconstruction
         steps = learning.steps if learning else 1
@@ -326,7 +339,7 @@ def _run_stages(
             "student_parts": sizes,
         },
     }
-    return Run(student=student, record=record, images=images.cpu(), spec=teacher.spec)
+    return Run(student, record, images.cpu(), teacher.spec, prompts=list(made.prompts))
 
 
 def _storage(

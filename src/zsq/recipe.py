@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from zsq.errors import UsageError
+from zsq.images.prompts import TextToImage
 from zsq.images.settings import Filter, Refinement, Synthesis
 from zsq.quant.scheme import Scheme
 
@@ -105,7 +106,7 @@ class Reconstruction:
                 raise UsageError(f"reconstruction.{name} must be between 0 and 1, got {getattr(self, name)}.")
 
 
-Source = Synthesis | GaussianNoise | GivenImages
+Source = Synthesis | TextToImage | GaussianNoise | GivenImages
 
 
 @dataclass(frozen=True, kw_only=True)

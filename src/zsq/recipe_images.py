@@ -1,8 +1,9 @@
 """The images of a recipe: given, noise or synthesised, then shaped by a student where the recipe says so."""
 
 import logging
-from collections.abc import MutableMapping
-from dataclasses import replace
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -10,6 +11,7 @@ from torch import Tensor, fx
 from zsq.account import Account
 from zsq.errors import UsageError
 from zsq.images.prior import input_prior
+from zsq.images.prompts import TextToImage
 from zsq.images.settings import Synthesis
 from zsq.images.synthesize import batch_name, batch_sizes, is_complete, synthesize
 from zsq.models import ModelSpec, Teacher
@@ -18,9 +20,31 @@ from zsq.recipe import GaussianNoise, GivenImages, Recipe
 from zsq.rng import derived_seed, rng_for
 from zsq.run import State
 from zsq.student_images import Networks, kept_images, refined_images, refines
+from zsq.text_images import prompt_records, prompts_of, text_images
 
 logger = logging.getLogger(__name__)
 Batches = MutableMapping[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with what is known of them.
+
+    Attributes:
+        images: (N, C, H, W), normalised.
+        classes: (N,) int64, on the CPU: what each was made for; None if that is not one class each.
+        prompts: of each image, see `zsq.images.prompts.Prompt`; empty if they did not come from text.
+    """
+
+    images: Tensor
+    classes: Tensor | None = None
+    prompts: Sequence[dict[str, Any]] = ()
+
+    def only(self, index: Tensor) -> "ImageSet":
+        """Those at some positions, an index on the CPU."""
+        classes = None if self.classes is None else self.classes[index]
+        prompts = [self.prompts[k] for k in index.tolist()] if self.prompts else []
+        return ImageSet(self.images[index.to(self.images.device)], classes, prompts)
 
 
 def make_images(
@@ -34,8 +58,8 @@ def make_images(
     account: Account,
     *,
     keep_sources: bool = False,
-) -> Tensor:
-    """The images before any student shapes them: (N, C, H, W), normalised, on `device`.
+) -> ImageSet:
+    """The images before any student shapes them, on `device`.
 
     Args:
         graph: captured teacher with its BatchNorm layers.
@@ -53,32 +77,41 @@ def make_images(
         assert given is not None
         count = min(source.num_images, len(given)) if source.num_images else len(given)
         chosen = torch.randperm(len(given), generator=rng_for(seed, "given"))[:count]
-        return given[chosen].to(device)
+        return ImageSet(given[chosen].to(device))
     if isinstance(source, GaussianNoise):
         shape = (source.num_images, *teacher.spec.input_size)
         noise = torch.randn(shape, generator=rng_for(seed, "noise"))
-        return input_prior(teacher.spec).apply(noise).to(device)
+        return ImageSet(input_prior(teacher.spec).apply(noise).to(device))
+    if isinstance(source, TextToImage):
+        prompts = prompts_of(graph, teacher, source, seed)
+        images = text_images(prompts, teacher, source, seed, device, state, account)
+        records = prompt_records(prompts, state)
+        single = source.classes_per_prompt == 1 and source.mixing in ("prompt", "embeddings")
+        classes = torch.tensor([record["classes"][0] for record in records]) if single else None
+        return ImageSet(images.to(device), classes, records)
     keep = keep_sources or refines(settings)
-    return _synthesize(graph, source, teacher.spec, seed, state, account, keep_sources=keep).to(device)
+    images = _synthesize(graph, source, teacher.spec, seed, state, account, keep_sources=keep)
+    return ImageSet(images.to(device))
 
 
 def shape_images(
     networks: Networks,
-    images: Tensor,
+    made: ImageSet,
     settings: Recipe,
     spec: ModelSpec,
     seed: int,
     state: State,
     account: Account,
-) -> Tensor:
-    """What depends on a student: refinement, then the filter; the images as they are without either."""
+) -> ImageSet:
+    """What depends on a student: refinement, then the filters; the images as they are without either."""
     if refines(settings):
         with account.timed("refine"):
-            images = refined_images(networks, images, settings, spec, seed, state, state, account)
+            images = refined_images(networks, made.images, settings, spec, seed, state, state, account)
+            made = replace(made, images=images)
     if settings.filter is not None:
         with account.timed("filter"):
-            images = images[kept_images(networks, images, settings, seed).to(images.device)]
-    return images
+            made = made.only(kept_images(networks, made.images, settings, seed, classes=made.classes))
+    return made
 
 
 def batch_names(settings: Recipe) -> list[str]:

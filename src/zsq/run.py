@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from zsq.models import ModelSpec
 from zsq.student import student_from_file, student_to_bytes
 
 FORMAT = 1
-RECORD, STUDENT, IMAGES, SHEET, METRICS, STATE = (
+RECORD, STUDENT, IMAGES, SHEET, PROMPTS, METRICS, STATE = (
     "run.json",
     "student.safetensors",
     "images.safetensors",
     "images.png",
+    "prompts.jsonl",
     "metrics.jsonl",
     "state",
 )
@@ -138,6 +139,7 @@ class Run:
         images: the synthetic images as the optimiser saw them, (N, C, H, W), normalised.
         metrics: logged steps.
         spec: how images must be prepared.
+        prompts: of each image, in order, if they came from text; see `zsq.images.prompts.Prompt`.
     """
 
     student: fx.GraphModule
@@ -145,6 +147,7 @@ class Run:
     images: Tensor
     spec: ModelSpec
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    prompts: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write the run folder.
@@ -161,17 +164,21 @@ class Run:
     def write(self, folder: Path) -> None:
         """Write all files; the record comes last, so that a folder with a finished record is complete."""
         write_atomic(folder / STUDENT, student_to_bytes(self.student))
-        write_images(folder, self.images, self.spec)
+        write_images(folder, self.images, self.spec, self.prompts)
         write_atomic(folder / METRICS, _json_lines(self.metrics))
         write_record(folder, self.record)
 
 
-def write_images(folder: Path, images: Tensor, spec: ModelSpec) -> None:
-    """Write images.safetensors and the contact sheet images.png."""
+def write_images(
+    folder: Path, images: Tensor, spec: ModelSpec, prompts: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Write images.safetensors, the contact sheet images.png and, if there are prompts, prompts.jsonl."""
     write_atomic(folder / IMAGES, save_safetensors({"images": images.detach().cpu().contiguous().clone()}))
     picture = io.BytesIO()
     contact_sheet(images, spec).save(picture, format="PNG")
     write_atomic(folder / SHEET, picture.getvalue())
+    if prompts:
+        write_atomic(folder / PROMPTS, _json_lines(prompts))
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -214,11 +221,11 @@ def load_run(path: str | Path) -> Run:
     try:
         spec = spec_from_json(record["model"]["spec"])
         images = load_safetensors((folder / IMAGES).read_bytes())["images"]
-        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-        metrics = [json.loads(line) for line in lines]
+        metrics = _read_json_lines(folder / METRICS)
+        prompts = _read_json_lines(folder / PROMPTS) if (folder / PROMPTS).exists() else []
     except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise UsageError(f"The run folder {folder} is incomplete or damaged: {error}.") from error
-    return Run(student_from_file(folder / STUDENT), record, images, spec, metrics)
+    return Run(student_from_file(folder / STUDENT), record, images, spec, metrics, prompts)
 
 
 def is_run_folder(path: str | Path) -> bool:
@@ -246,14 +253,17 @@ def claim_folder(folder: Path, *, force: bool) -> None:
                 f"{folder} exists and is not empty; nothing in it was changed. Choose another --out, or give "
                 "--force to replace the run in it."
             )
-        if found and RECORD not in found and not found <= {IMAGES, SHEET}:
+        if found and RECORD not in found and not found <= {IMAGES, SHEET, PROMPTS}:
             raise UsageError(
                 f"{folder} is not a run folder, so --force does not replace it. Choose another --out."
             )
         if STATE in found:
             shutil.rmtree(folder / STATE)
         # The record last: until then it is a run folder.
-        for path in (*leftovers, *(folder / name for name in (STUDENT, IMAGES, SHEET, METRICS, RECORD))):
+        for path in (
+            *leftovers,
+            *(folder / name for name in (STUDENT, IMAGES, SHEET, PROMPTS, METRICS, RECORD)),
+        ):
             path.unlink(missing_ok=True)
     except OSError as error:
         raise JobError(
@@ -263,17 +273,21 @@ def claim_folder(folder: Path, *, force: bool) -> None:
 
 def temporary_files(folder: Path) -> list[Path]:
     """The temporary files that killed writes left in a run folder."""
-    names = (RECORD, STUDENT, IMAGES, SHEET, METRICS)
+    names = (RECORD, STUDENT, IMAGES, SHEET, PROMPTS, METRICS)
     return [path for name in names for path in folder.glob(f".{name}.????????")]
 
 
-def _json_lines(metrics: list[dict[str, Any]]) -> bytes:
-    """One line a logged step; what JSON has no number for (NaN, infinity) becomes null."""
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _json_lines(records: Sequence[dict[str, Any]]) -> bytes:
+    """One line a record; what JSON has no number for (NaN, infinity) becomes null."""
 
     def plain(value: Any) -> Any:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    lines = [{key: plain(value) for key, value in line.items()} for line in metrics]
+    lines = [{key: plain(value) for key, value in line.items()} for line in records]
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
 
 

@@ -4,10 +4,13 @@ from zsq.errors import UsageError
 from zsq.recipe import Recipe
 from zsq.recipes.baselines import GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST
 from zsq.recipes.genie import GENIE
+from zsq.recipes.genq import GENQ
+from zsq.recipes.mixup_class import MIXUP_CLASS
 from zsq.recipes.sadag import SADAG
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (GENIE, SADAG, GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST)
+    recipe.name: recipe
+    for recipe in (GENIE, SADAG, GENQ, MIXUP_CLASS, GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST)
 }
 
 
