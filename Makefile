@@ -1,12 +1,16 @@
-# make demo | test | lint | bench-speed | bench-*: each sets up .venv first if it is missing or out of date.
+# make demo | demo-text | test | lint | bench-speed | bench-*: each sets up .venv first if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean bench-speed
+.PHONY: demo demo-text test lint clean bench-speed
 
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
+
+# From text to a quantized model, with a pipeline of random weights: nothing is downloaded.
+demo-text: .venv/.text
+	$(BIN)/python scripts/demo_text.py
 
 test: .venv/.dev
 	$(BIN)/python -m pytest --numprocesses 2
@@ -31,6 +35,10 @@ bench-%: .venv/.dev
 
 .venv/.demo: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP_INSTALL) -e '.[demo]'
+	@touch $@
+
+.venv/.text: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP_INSTALL) -e '.[diffusion]'
 	@touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python

@@ -6,6 +6,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,6 +19,8 @@ from PIL import Image
 from zsq import data_files
 from zsq.data import Dataset, check_labels, load_images, open_dataset, prepare
 from zsq.errors import UsageError
+from zsq.rng import rng_for
+from zsq.run import write_images
 from zsq.teacher import ModelSpec
 
 Levels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -279,6 +282,46 @@ def test_wrong_folder(tmp_path: Path, files: list[str], message: str) -> None:
         write(tmp_path / name, encoded(levels(8, 8)))
     with pytest.raises(UsageError, match=message):
         open_dataset(tmp_path, spec())
+
+
+MADE_FOR = spec()
+
+
+def test_folder_with_a_table(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b.png", "sub/a.png", "unlisted.png"):
+        (tmp_path / name).write_bytes(PICTURE)
+    table = tmp_path / "labels.csv"
+    table.write_text("file,label,prompt\nsub/a.png,4,a cat\n./b.png,2,a dog\n")
+    found = open_dataset(tmp_path, MADE_FOR)
+    assert found.labels.tolist() == [2, 4] and found.read([0, 1]).shape == (2, *MADE_FOR.input_size)
+    assert len(load_images(tmp_path, MADE_FOR)) == 3
+    table.write_text("file,label\n../b.png,1\n")
+    with pytest.raises(UsageError, match=r"names the file '../b.png', which is not below"):
+        open_dataset(tmp_path, MADE_FOR)
+
+
+def test_images_that_zsq_made(tmp_path: Path) -> None:
+    images = torch.randn(4, *MADE_FOR.input_size, generator=torch.Generator().manual_seed(0))
+    write_images(tmp_path, images, MADE_FOR)
+    assert torch.equal(load_images(tmp_path, MADE_FOR), images)
+    assert torch.equal(load_images(tmp_path, MADE_FOR, 2), images[sorted(_picked(4, 2))])
+    other = replace(MADE_FOR, mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))
+    levels = [
+        load_images(tmp_path, s) * torch.tensor(s.std).view(3, 1, 1) + torch.tensor(s.mean).view(3, 1, 1)
+        for s in (MADE_FOR, other)
+    ]
+    torch.testing.assert_close(*levels)
+    for wrong, text in ((replace(MADE_FOR, input_size=(3, 4, 4)), "of shape"), (MADE_FOR, "cannot be read")):
+        with pytest.raises(UsageError, match=text):
+            load_images(tmp_path, wrong)
+        (tmp_path / "images.safetensors").write_bytes(b"none")
+    with pytest.raises(UsageError, match="nothing about accuracy"):
+        open_dataset(tmp_path, MADE_FOR)
+
+
+def _picked(count: int, wanted: int) -> list[int]:
+    return torch.randperm(count, generator=rng_for(0, "data", "subset"))[:wanted].tolist()
 
 
 def test_numbers_sorted_as_text_are_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(zsq.__file__).parent
 GROUND = {"errors", "rng", "distributed", "_version", "allocator", "out_of_memory"}
 MODELS = {"architectures", "bundled", "weight_files", "teacher", "models"}
 SETTINGS = {"recipe", "images.prompts", "images.settings", "quant.scheme"}
-DATA = {"data", "data_arrays", "data_files", "data_hub", "pictures"}
+DATA = {"data", "data_arrays", "data_files", "data_hub", "data_tensors", "pictures"}
 BENCH = {"bench", "bench_file", "bench_jobs", "bench_plan", "bench_row", "bench_worker"}
 ALLOWED: dict[str, set[str]] = {
     **{name: GROUND | MODELS for name in MODELS},

@@ -1,6 +1,7 @@
 """The real pipeline class of diffusers with random weights: runs, resumes, blanked and missing pictures."""
 
 import importlib.util
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_networks import message
+from typer.testing import CliRunner
 
 import zsq
+from zsq.cli import app
 from zsq.errors import JobError
 from zsq.images.prompts import Prompt, TextToImage
 from zsq.images.text_to_image import load_pipeline, paint, without_broken_torchvision
@@ -198,3 +202,34 @@ def test_torchvision_is_back_afterwards() -> None:
     with without_broken_torchvision():
         pass
     assert ("torchvision" in sys.modules) >= before and sys.modules.get("torchvision", 1) is not None
+
+
+def test_readme_commands(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_readme import MODEL_FILE, README
+
+    monkeypatch.chdir(tmp_path)
+    Path("path/to").mkdir(parents=True)
+    Path("path/to/file.py").write_text(MODEL_FILE, encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(MODEL_FILE, names)
+    save_file(
+        {k: v for k, v in names["factory"]().state_dict().items() if "num_batches" not in k}, "w.safetensors"
+    )
+    Path("names.txt").write_text("cat\ndog\n")
+    text = next(b for b in README.read_text(encoding="utf-8").split("```") if "class_names=names.txt" in b)
+    real = {
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": str(folder),
+        "--device cuda": "",
+        "224,224": "32,32",
+    }
+    for there, here in real.items():
+        assert there in text
+        text = text.replace(there, here)
+    commands = [c for c in text.replace("\\\n", " ").splitlines() if c.startswith("zsq ")]
+    assert len(commands) == 2
+    settings = {"synthesize": [SMALL], "quantize": [FAST]}
+    for command in commands:
+        options = [f"--set {k}={v}" for s in settings[command.split()[1]] for k, v in s.items()]
+        result = CliRunner().invoke(app, shlex.split(" ".join([command, *options]))[1:])
+        assert result.exit_code == 0, result.output
+    assert Path("images/prompts.jsonl").exists()

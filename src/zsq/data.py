@@ -11,6 +11,7 @@ from torch import Tensor
 from zsq.data_arrays import open_npz
 from zsq.data_files import open_folder, open_zip
 from zsq.data_hub import open_hugging_face
+from zsq.data_tensors import holds_made_images, open_made_images
 from zsq.errors import UsageError
 from zsq.pictures import ENDINGS, Reader, Source, mode_of, prepare
 from zsq.rng import rng_for
@@ -77,7 +78,7 @@ def open_dataset(path_or_name: str | Path, spec: ModelSpec) -> Dataset:
     Args:
         path_or_name: one of
             a folder, whose sub-folders sorted by name are the classes 0..K-1 (pictures sorted by name, also
-            from folders further down);
+            from folders further down), or with a labels.csv as in a zip;
             an .npz with `images`, uint8, (N, H, W, 3), (N, H, W, 1) or (N, H, W), and integer `labels` (N,);
             a .zip of pictures with labels.csv (columns `file`, `label`; sorted by file), read in place;
             a Hugging Face dataset, `hf:name`, `hf:user/name@split` or without `hf:` if there is no such path;
@@ -101,8 +102,9 @@ def load_images(path_or_name: str | Path, spec: ModelSpec, num_images: int | Non
     """Images without labels, (N, C, H, W), float32, normalised; for example to calibrate with.
 
     Args:
-        path_or_name: as for `open_dataset`. Labels are not looked at: a folder may hold pictures directly,
-            `labels` may be missing in an npz, labels.csv in a zip.
+        path_or_name: as for `open_dataset`; or a folder that `zsq synthesize` or a run wrote. Labels are not
+            looked at: a folder may hold pictures directly, `labels` may be missing in an npz, labels.csv in
+            a zip.
         spec: size and normalisation of the model's input; see `prepare`.
         num_images: how many, drawn once and for all from the whole set, as many sets are sorted by class, and
             in its order; None reads all.
@@ -153,6 +155,8 @@ def _open(path_or_name: str | Path, spec: ModelSpec, *, labelled: bool) -> Sourc
     path = Path(text).expanduser()
     if text.startswith("hf:"):
         source = open_hugging_face(text.removeprefix("hf:"), spec, labelled)
+    elif path.is_dir() and holds_made_images(path):
+        source = open_made_images(path, spec, labelled)
     elif path.is_dir():
         source = open_folder(path, spec, labelled)
     elif not path.exists():

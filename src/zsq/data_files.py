@@ -6,7 +6,7 @@ import logging
 import posixpath
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +27,8 @@ MAX_PICTURE_BYTES = 512 * 2**20  # of a picture in a zip, unpacked
 
 
 def open_folder(path: Path, spec: ModelSpec, labelled: bool) -> Source:
+    if labelled and (path / LABELS_FILE).is_file():
+        return _open_listed(path, spec)
     entries = sorted((e for e in path.iterdir() if not e.name.startswith(".")), key=lambda e: e.name)
     folders = [entry for entry in entries if entry.is_dir()]
     names = tuple(folder.name for folder in folders)
@@ -41,6 +43,25 @@ def open_folder(path: Path, spec: ModelSpec, labelled: bool) -> Source:
         read=picture_reader(lambda index: files[index], lambda index: str(files[index]), spec),
         labels=torch.tensor([label for _, label in found], dtype=torch.int64) if labelled else None,
         class_names=names if labelled else (),
+    )
+
+
+def _open_listed(path: Path, spec: ModelSpec) -> Source:
+    """The pictures that the labels.csv of a folder names, sorted by their names."""
+    table = path / LABELS_FILE
+    try:
+        content = table.read_bytes()
+    except OSError as error:
+        raise UsageError(f"The file {table} cannot be read ({one_line(error)}).") from error
+    members = {file.relative_to(path).as_posix() for file in _pictures_below(path)}
+    rows = sorted(_labels(content, str(table), members, ("",), f"below {path}"))
+    return Source(
+        name=f"The folder {path}",
+        count=len(rows),
+        read=picture_reader(
+            lambda index: path / rows[index][0], lambda index: str(path / rows[index][0]), spec
+        ),
+        labels=torch.tensor([label for _, label in rows], dtype=torch.int64),
     )
 
 
@@ -126,15 +147,23 @@ def _labels_in_zip(
         raise UsageError(
             f"The file {path} has more than one {LABELS_FILE}: {tables[0]} and {tables[1]}. Expected one."
         )
-    folder, where = posixpath.dirname(tables[0]), f"{tables[0]} in {path}"
+    content = _member(archive, members[tables[0]], MAX_LABELS_BYTES)
+    where = f"{tables[0]} in {path}"
+    return _labels(content, where, members, (posixpath.dirname(tables[0]), ""), "in the zip")
+
+
+def _labels(
+    content: bytes, where: str, members: Container[str], bases: Sequence[str], place: str
+) -> Iterator[tuple[str, int]]:
+    """Member and label for every row of a labels.csv; paths are seen from one of `bases`."""
     seen = set()
-    for line, file, label in _rows(_member(archive, members[tables[0]], MAX_LABELS_BYTES), where):
+    for line, file, label in _rows(content, where):
         relative = file.replace("\\", "/")
-        found = (posixpath.normpath(posixpath.join(base, relative)) for base in (folder, ""))
+        found = (posixpath.normpath(posixpath.join(base, relative)) for base in bases)
         name = next((candidate for candidate in found if candidate in members), None)
         if name is None:
             raise UsageError(
-                f"Line {line} of {where} names the file {file!r}, which is not in the zip. Expected the "
+                f"Line {line} of {where} names the file {file!r}, which is not {place}. Expected the "
                 f"path of a picture, seen from the folder of {LABELS_FILE}."
             )
         if name in seen:

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,8 @@ def write_images(
     folder: Path, images: Tensor, spec: ModelSpec, prompts: Sequence[dict[str, Any]] = ()
 ) -> None:
     """Write images.safetensors, the contact sheet images.png and, if there are prompts, prompts.jsonl."""
-    write_atomic(folder / IMAGES, save_safetensors({"images": images.detach().cpu().contiguous().clone()}))
+    content = {"images": images.detach().cpu().contiguous().clone()}
+    write_atomic(folder / IMAGES, save_safetensors(content, {"spec": json.dumps(asdict(spec))}))
     picture = io.BytesIO()
     contact_sheet(images, spec).save(picture, format="PNG")
     write_atomic(folder / SHEET, picture.getvalue())
