@@ -26,7 +26,7 @@ from zsq.data import load_images
 from zsq.errors import UsageError
 from zsq.evaluate import CHUNK, accuracy
 from zsq.images.settings import Synthesis
-from zsq.images.synthesize import batch_name, batch_sizes
+from zsq.images.synthesize import batch_names, batch_sizes
 from zsq.pipeline import quantize, synthesize_images
 from zsq.progress import Callback, Progress
 from zsq.recipe import GivenImages, Recipe, describe
@@ -178,7 +178,8 @@ def _synthetic_images(
 def _as_batches(images: Tensor, sources: Mapping[str, Tensor], settings: Synthesis) -> Batches:
     """Images and sources from the files of `_synthetic_images` as the batches that synthesis made."""
     sizes = batch_sizes(settings.num_images, settings.batch_size)
-    batches: Batches = {batch_name(k): {"images": part} for k, part in enumerate(images.split(sizes))}
+    parts = zip(batch_names(settings), images.split(sizes), strict=True)
+    batches: Batches = {name: {"images": part} for name, part in parts}
     for key, tensor in sources.items():
         name, _, leaf = key.partition("/")
         batches[name][leaf] = tensor

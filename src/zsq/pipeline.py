@@ -29,8 +29,8 @@ from zsq.quant.scheme import parse_bits
 from zsq.recipe import GivenImages, Recipe, with_overrides
 from zsq.recipe_images import (
     Batches,
-    batch_names,
     check_made,
+    made_names,
     make_holdout,
     make_images,
     shape_images,
@@ -217,7 +217,7 @@ def synthesize_images(
     account, keep = Account(progress, group), made is not None
     images = make_images(graph, teacher, settings, None, seed, target, state, account, keep_sources=keep)
     if made is not None:
-        made.update({name: state[name] for name in batch_names(settings)})
+        made.update({name: state[name] for name in made_names(settings)})
     if refines(settings) or settings.filter is not None:
         networks = attached(graph, settings)
         images = shape_images(networks, images, settings, teacher.spec, seed, state, account)

@@ -11,7 +11,7 @@ from zsq.account import Account
 from zsq.errors import UsageError
 from zsq.images.prior import input_prior
 from zsq.images.settings import Synthesis
-from zsq.images.synthesize import batch_name, batch_sizes, is_complete, synthesize
+from zsq.images.synthesize import batch_names, batch_sizes, is_complete, synthesize
 from zsq.models import ModelSpec, Teacher
 from zsq.progress import Progress
 from zsq.recipe import GaussianNoise, GivenImages, Recipe
@@ -81,12 +81,10 @@ def shape_images(
     return images
 
 
-def batch_names(settings: Recipe) -> list[str]:
-    """Names of the batches of synthesis."""
+def made_names(settings: Recipe) -> list[str]:
+    """Names of the batches of synthesis; none if the recipe's images come from elsewhere."""
     source = settings.synthesis
-    if not isinstance(source, Synthesis):
-        return []
-    return [batch_name(k) for k in range(len(batch_sizes(source.num_images, source.batch_size)))]
+    return batch_names(source) if isinstance(source, Synthesis) else []
 
 
 def check_made(made: Batches, settings: Recipe, spec: ModelSpec) -> None:
@@ -95,7 +93,7 @@ def check_made(made: Batches, settings: Recipe, spec: ModelSpec) -> None:
     if not made or not isinstance(source, Synthesis):
         return
     sizes = batch_sizes(source.num_images, source.batch_size)
-    expected = {name: (n, *spec.input_size) for name, n in zip(batch_names(settings), sizes, strict=True)}
+    expected = {name: (n, *spec.input_size) for name, n in zip(batch_names(source), sizes, strict=True)}
     got = {name: tuple(piece["images"].shape) for name, piece in made.items()}
     if got != expected:
         raise UsageError(f"The images made before have the shapes {got}, expected {expected}.")
@@ -112,8 +110,7 @@ def _synthesize(
     stage: str = "synthesize",
     keep_sources: bool = False,
 ) -> Tensor:
-    sizes = batch_sizes(settings.num_images, settings.batch_size)
-    names = [batch_name(index) for index in range(len(sizes))]
+    names = batch_names(settings)
     size = account.group.size
     missing = [i for i, name in enumerate(names) if not is_complete(state.get(name), keep_sources)]
     if stage == "synthesize" and len(missing) % size:
@@ -128,7 +125,7 @@ def _synthesize(
         )
 
     def report(index: int, steps: int, values: dict[str, float], *, resumed: bool = False) -> None:
-        item, total = f"batch {index + 1} of {len(sizes)}", len(sizes) * settings.steps
+        item, total = f"batch {index + 1} of {len(names)}", len(names) * settings.steps
         account(Progress(stage, item, index * settings.steps + steps, total, values, resumed))
 
     def log(batch: str, step: int, _: int, values: dict[str, float]) -> None:
@@ -137,8 +134,8 @@ def _synthesize(
             before = missing.index(index) // size * size
             together = min(size, len(missing) - before)
             done = (len(names) - len(missing) + before) * settings.steps + (step + 1) * together
-            item = f"batch {index + 1} of {len(sizes)}, {together} at once"
-            account(Progress(stage, item, done, len(sizes) * settings.steps, values))
+            item = f"batch {index + 1} of {len(names)}, {together} at once"
+            account(Progress(stage, item, done, len(names) * settings.steps, values))
         else:
             report(index, step + 1, values)
 

@@ -17,7 +17,7 @@ from zsq.images.gradients import Probe, gradient_probe
 from zsq.images.prior import input_prior
 from zsq.images.refine import refine, refined_name
 from zsq.images.settings import Refinement, Scope, Synthesis
-from zsq.images.synthesize import Batch, batch_from_piece, batch_name, batch_sizes
+from zsq.images.synthesize import Batch, batch_from_piece, batch_names
 from zsq.models import ModelSpec
 from zsq.progress import Callback, Progress
 from zsq.quant.attach import Quantizers, attach
@@ -88,7 +88,8 @@ def refined_images(
     student = _short_student(networks, images, settings, refinement, seed, state, report)
     probe = _probe(networks, student, refinement.gradients)
     device = device_of(networks.graph)
-    names = [batch_name(k) for k in range(len(batch_sizes(source.num_images, source.batch_size)))]
+    names = batch_names(source)
+    refined_names = [refined_name(k) for k in range(len(names))]
 
     def batch(name: str) -> Batch:
         return batch_from_piece(batches[name], device)
@@ -98,10 +99,10 @@ def refined_images(
         report(Progress("refine", item, index * refinement.steps + steps, total, values, resumed))
 
     def log(name: str, step: int, values: dict[str, float]) -> None:
-        event([refined_name(k) for k in range(len(names))].index(name), step + 1, values)
+        event(refined_names.index(name), step + 1, values)
 
-    for index in range(len(names)):
-        if refined_name(index) in state:
+    for index, name in enumerate(refined_names):
+        if name in state:
             event(index, refinement.steps, {}, resumed=True)
     refined = refine(
         networks.graph,
