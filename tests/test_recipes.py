@@ -8,6 +8,7 @@ import pytest
 import torch
 from quantization_networks import SIZE, Residual, images, teacher
 
+from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
 from zsq.images.settings import Synthesis
 from zsq.models import Teacher
 from zsq.pipeline import compose_recipe, quantize
@@ -29,6 +30,8 @@ def shrunk(recipe: Recipe, **changes: Any) -> Recipe:
     source = recipe.synthesis
     if isinstance(source, Synthesis):
         source = replace(source, num_images=10, batch_size=10, steps=30, latent_size=8, lr_latent=0.01)
+    elif isinstance(source, PixelSynthesis):
+        source = replace(source, num_images=10, batch_size=10, steps=30, lr=0.05)
     else:
         source = replace(source, num_images=10)
     reconstruction = recipe.reconstruction and replace(recipe.reconstruction, steps=3, batch_size=5)
@@ -51,7 +54,8 @@ def run(model: Teacher, recipe: Recipe, seed: int = 0, **options: Any) -> Run:
 
 
 def test_the_table() -> None:
-    assert set(RECIPES) == {"genie", "sadag", "given", "given-nearest", "noise", "noise-nearest"}
+    baselines = {"given", "given-nearest", "noise", "noise-nearest"}
+    assert set(RECIPES) == {"genie", "sadag", "zeroq", "dsg", *baselines}
     for name, recipe in RECIPES.items():
         assert recipe.name == name and recipe.paper and get_recipe(name) is recipe
     assert compose_recipe("genie") == GENIE
@@ -74,7 +78,7 @@ def test_runs_and_one_seed_gives_one_result(name: str, model: Teacher) -> None:
     assert any(learned) if recipe.reconstruction else not any(learned)
 
 
-@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if isinstance(r.synthesis, Synthesis)])
+@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if isinstance(r.synthesis, MadeInBatches)])
 def test_synthesis_lowers_its_loss(name: str, model: Teacher) -> None:
     events: list[Progress] = []
     run(model, shrunk(RECIPES[name]), progress=events.append)

@@ -20,8 +20,9 @@ from zsq.errors import UsageError
 from zsq.evaluate import agreement, unit_signal_to_noise
 from zsq.graph.blocks import Unit, split
 from zsq.graph.capture import capture
+from zsq.images.class_losses import number_of_classes
 from zsq.images.forward import observe
-from zsq.images.settings import Synthesis
+from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
 from zsq.memory import cache_bytes, read_bytes
 from zsq.models import Teacher, load_model
 from zsq.progress import Callback, Progress, silent
@@ -30,6 +31,7 @@ from zsq.recipe import GivenImages, Recipe, with_overrides
 from zsq.recipe_images import (
     Batches,
     check_made,
+    labels_of,
     made_names,
     make_holdout,
     make_images,
@@ -224,7 +226,7 @@ def synthesize_images(
     if folder is not None:
 
         def write() -> None:
-            write_images(folder, images, teacher.spec)
+            write_images(folder, images, teacher.spec, labels_of(settings, state))
             shutil.rmtree(folder / STATE, ignore_errors=True)
             (folder / RECORD).unlink(missing_ok=True)
 
@@ -255,8 +257,10 @@ def _check_graph(graph: fx.GraphModule, settings: Recipe) -> None:
     except ValueError as error:
         raise UsageError(f"There is nothing to quantize in this model: {error}.") from error
     check_shaping(settings)
-    if isinstance(settings.synthesis, Synthesis):
+    if isinstance(settings.synthesis, MadeInBatches):
         observe(graph)
+    if isinstance(settings.synthesis, PixelSynthesis) and settings.synthesis.classes is not None:
+        number_of_classes(graph)
 
 
 def _run_stages(
@@ -326,7 +330,8 @@ def _run_stages(
             "student_parts": sizes,
         },
     }
-    return Run(student=student, record=record, images=images.cpu(), spec=teacher.spec)
+    labels = labels_of(settings, state)
+    return Run(student=student, record=record, images=images.cpu(), spec=teacher.spec, labels=labels)
 
 
 def _storage(

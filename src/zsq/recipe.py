@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from zsq.errors import UsageError
+from zsq.images.pixel_settings import PixelSynthesis
 from zsq.images.settings import Filter, Refinement, Synthesis
 from zsq.quant.scheme import Scheme
 
@@ -105,7 +106,7 @@ class Reconstruction:
                 raise UsageError(f"reconstruction.{name} must be between 0 and 1, got {getattr(self, name)}.")
 
 
-Source = Synthesis | GaussianNoise | GivenImages
+Source = Synthesis | PixelSynthesis | GaussianNoise | GivenImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,8 @@ class Recipe:
 def with_overrides(recipe: Recipe, overrides: typing.Mapping[str, str | int | float | bool | None]) -> Recipe:
     """Replace fields by dotted name, e.g. {"synthesis.steps": 500}; texts are read as the field's type.
 
-    A stage that the recipe does not use is put in with its defaults by "on", e.g. {"filter": "on"}.
+    A stage that the recipe does not use is put in with its defaults by "on", e.g. {"filter": "on"}, and one
+    that it can do without is taken out by "none".
 
     Raises:
         UsageError: an unknown field, or a value that the field cannot take.
@@ -189,7 +191,9 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 def _replace(target: T, path: list[str], value: Any, name: str) -> T:
     known = {f.name: f for f in fields(target)}  # type: ignore[arg-type]
     head, *rest = path
-    if head not in known or (not rest and is_dataclass(getattr(target, head))):
+    hint = typing.get_type_hints(type(target)).get(head)
+    removed = value in (None, "none") and type(None) in typing.get_args(hint)
+    if head not in known or (not rest and is_dataclass(getattr(target, head)) and not removed):
         raise UsageError(
             f"There is no setting {name!r}; at this place there are: {', '.join(sorted(known))}. "
             "`zsq show RECIPE` lists all of them."
@@ -202,7 +206,7 @@ def _replace(target: T, path: list[str], value: Any, name: str) -> T:
             raise UsageError(f"There is no setting {name!r}: {head!r} is a single value, {current!r}.")
         new: Any = _replace(current, rest, value, name)
     else:
-        new = _convert(value, typing.get_type_hints(type(target))[head], name)
+        new = _convert(value, hint, name)
     return replace(target, **{head: new})  # type: ignore[type-var]
 
 

@@ -3,12 +3,15 @@
 import logging
 from collections.abc import MutableMapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from zsq.account import Account
 from zsq.errors import UsageError
+from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
+from zsq.images.pixels import synthesize_pixels
 from zsq.images.prior import input_prior
 from zsq.images.settings import Synthesis
 from zsq.images.synthesize import batch_names, batch_sizes, is_complete, synthesize
@@ -17,7 +20,7 @@ from zsq.progress import Progress
 from zsq.recipe import GaussianNoise, GivenImages, Recipe
 from zsq.rng import derived_seed, rng_for
 from zsq.run import State
-from zsq.student_images import Networks, filtered_images, refined_images, refines
+from zsq.student_images import KEPT, Networks, filtered_images, refined_images, refines
 
 logger = logging.getLogger(__name__)
 Batches = MutableMapping[str, dict[str, Tensor]]
@@ -58,7 +61,7 @@ def make_images(
         shape = (source.num_images, *teacher.spec.input_size)
         noise = torch.randn(shape, generator=rng_for(seed, "noise"))
         return input_prior(teacher.spec).apply(noise).to(device)
-    keep = keep_sources or refines(settings)
+    keep = isinstance(source, Synthesis) and (keep_sources or refines(settings))
     return _synthesize(graph, source, teacher.spec, seed, state, account, keep_sources=keep).to(device)
 
 
@@ -77,20 +80,39 @@ def shape_images(
             images = refined_images(networks, images, settings, spec, seed, state, state, account)
     if settings.filter is not None:
         with account.timed("filter"):
-            images = filtered_images(networks, images, settings, seed)
+            images = filtered_images(networks, images, settings, seed, state)
     return images
 
 
 def made_names(settings: Recipe) -> list[str]:
     """Names of the batches of synthesis; none if the recipe's images come from elsewhere."""
     source = settings.synthesis
-    return batch_names(source) if isinstance(source, Synthesis) else []
+    return batch_names(source) if isinstance(source, MadeInBatches) else []
+
+
+def labels_of(settings: Recipe, state: Batches) -> Tensor | None:
+    """The classes that the images of a recipe were asked for, (N,), int64, in the order of the images.
+
+    A filter leaves the labels of the images that it kept.
+
+    Args:
+        settings: the recipe.
+        state: finished pieces of the run, after its images were made and shaped.
+
+    Returns:
+        None if the images were asked for no class (given, noise, or from generators).
+    """
+    source = settings.synthesis
+    if not isinstance(source, PixelSynthesis) or source.classes is None:
+        return None
+    labels = torch.cat([state[name]["labels"] for name in batch_names(source)])
+    return labels[state[KEPT]["index"]] if KEPT in state else labels
 
 
 def check_made(made: Batches, settings: Recipe, spec: ModelSpec) -> None:
     """Refuse batches that are not those of this recipe's synthesis."""
     source = settings.synthesis
-    if not made or not isinstance(source, Synthesis):
+    if not made or not isinstance(source, MadeInBatches):
         return
     sizes = batch_sizes(source.num_images, source.batch_size)
     expected = {name: (n, *spec.input_size) for name, n in zip(batch_names(source), sizes, strict=True)}
@@ -101,7 +123,7 @@ def check_made(made: Batches, settings: Recipe, spec: ModelSpec) -> None:
 
 def _synthesize(
     graph: fx.GraphModule,
-    settings: Synthesis,
+    settings: MadeInBatches,
     spec: ModelSpec,
     seed: int,
     state: State,
@@ -128,7 +150,10 @@ def _synthesize(
         item, total = f"batch {index + 1} of {len(names)}", len(names) * settings.steps
         account(Progress(stage, item, index * settings.steps + steps, total, values, resumed))
 
-    def log(batch: str, step: int, _: int, values: dict[str, float]) -> None:
+    def log(batch: str, step: int, steps: int, values: dict[str, float]) -> None:
+        if batch not in names:  # centres, of which the images of classes take targets
+            account(Progress("centres", batch, step + 1, steps, values))
+            return
         index = names.index(batch)
         if size > 1:  # the other processes are about as far with theirs
             before = missing.index(index) // size * size
@@ -142,16 +167,11 @@ def _synthesize(
     for index, name in enumerate(names):
         if is_complete(state.get(name), keep_sources):
             report(index, settings.steps, {}, resumed=True)
+    shared: Any = {"seed": seed, "finished": state, "log": log, "prior": input_prior(spec)}
+    if isinstance(settings, PixelSynthesis):
+        return synthesize_pixels(graph, settings, spec.input_size, **shared, group=account.group)
     return synthesize(
-        graph,
-        settings,
-        spec.input_size,
-        seed=seed,
-        finished=state,
-        log=log,
-        prior=input_prior(spec),
-        group=account.group,
-        keep_sources=keep_sources,
+        graph, settings, spec.input_size, **shared, group=account.group, keep_sources=keep_sources
     )
 
 
@@ -160,10 +180,12 @@ def make_holdout(
 ) -> Tensor | None:
     """Images of a batch of their own, which nothing is calibrated on; None if the recipe makes no images."""
     source = settings.synthesis
-    if not isinstance(source, Synthesis) or settings.num_holdout < 2:
+    if not isinstance(source, MadeInBatches) or settings.num_holdout < 2:
         return None
     if "holdout" not in state:
-        alone = replace(source, num_images=settings.num_holdout)
+        alone: MadeInBatches = replace(source, num_images=settings.num_holdout)
+        if isinstance(alone, PixelSynthesis):  # centres take longer than these few images
+            alone = replace(alone, centres=None)
         own_seed = derived_seed(seed, "holdout")
         state["holdout"] = {
             "images": _synthesize(graph, alone, teacher.spec, own_seed, {}, account, stage="holdout")

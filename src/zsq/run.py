@@ -138,6 +138,7 @@ class Run:
         images: the synthetic images as the optimiser saw them, (N, C, H, W), normalised.
         metrics: logged steps.
         spec: how images must be prepared.
+        labels: the classes that the images were asked for, (N,), int64; None if for none.
     """
 
     student: fx.GraphModule
@@ -145,6 +146,7 @@ class Run:
     images: Tensor
     spec: ModelSpec
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    labels: Tensor | None = None
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write the run folder.
@@ -161,14 +163,16 @@ class Run:
     def write(self, folder: Path) -> None:
         """Write all files; the record comes last, so that a folder with a finished record is complete."""
         write_atomic(folder / STUDENT, student_to_bytes(self.student))
-        write_images(folder, self.images, self.spec)
+        write_images(folder, self.images, self.spec, self.labels)
         write_atomic(folder / METRICS, _json_lines(self.metrics))
         write_record(folder, self.record)
 
 
-def write_images(folder: Path, images: Tensor, spec: ModelSpec) -> None:
-    """Write images.safetensors and the contact sheet images.png."""
-    write_atomic(folder / IMAGES, save_safetensors({"images": images.detach().cpu().contiguous().clone()}))
+def write_images(folder: Path, images: Tensor, spec: ModelSpec, labels: Tensor | None = None) -> None:
+    """Write images.safetensors (with the tensor `labels` if there are any) and the contact sheet."""
+    tensors = {"images": images, **({} if labels is None else {"labels": labels})}
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    write_atomic(folder / IMAGES, save_safetensors(plain))
     picture = io.BytesIO()
     contact_sheet(images, spec).save(picture, format="PNG")
     write_atomic(folder / SHEET, picture.getvalue())
@@ -213,12 +217,13 @@ def load_run(path: str | Path) -> Run:
         )
     try:
         spec = spec_from_json(record["model"]["spec"])
-        images = load_safetensors((folder / IMAGES).read_bytes())["images"]
+        tensors = load_safetensors((folder / IMAGES).read_bytes())
+        images, labels = tensors["images"], tensors.get("labels")
         lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
     except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise UsageError(f"The run folder {folder} is incomplete or damaged: {error}.") from error
-    return Run(student_from_file(folder / STUDENT), record, images, spec, metrics)
+    return Run(student_from_file(folder / STUDENT), record, images, spec, metrics, labels)
 
 
 def is_run_folder(path: str | Path) -> bool:

@@ -26,6 +26,8 @@ from zsq.recover.reconstruct import reconstruct, unit_name
 from zsq.rng import derived_seed, rng_for
 from zsq.run import Prefixed, State
 
+KEPT = "kept"  # the piece of a run that says which images the filter kept
+
 
 @dataclass(frozen=True)
 class Networks:
@@ -118,8 +120,8 @@ def refined_images(
     return refined.to(device)
 
 
-def filtered_images(networks: Networks, images: Tensor, settings: Recipe, seed: int) -> Tensor:
-    """The images that the recipe's filter keeps, in their order.
+def filtered_images(networks: Networks, images: Tensor, settings: Recipe, seed: int, state: State) -> Tensor:
+    """The images that the recipe's filter keeps, in their order; which ones is noted in `state` under KEPT.
 
     The student that gives the gradients rounds to nearest and is calibrated on all images.
     """
@@ -132,7 +134,8 @@ def filtered_images(networks: Networks, images: Tensor, settings: Recipe, seed: 
     else:
         student = _learned(networks, images, settings, None, seed, {}, lambda *_: None)
         index = cover(_probe(networks, student, chosen.gradients), images, chosen.keep)
-    return images[index.sort().values.to(images.device)]
+    state[KEPT] = {"index": index.sort().values.cpu()}
+    return images[state[KEPT]["index"].to(images.device)]
 
 
 def check_shaping(settings: Recipe) -> None:

@@ -64,7 +64,7 @@ class Synthesis:
                     f"synthesis.{name} is {getattr(self, name)}. Expected at least 2: the joint "
                     "statistics of the images of a batch are what is optimised."
                 )
-        _at_least(1, "synthesis", self, ("steps", "latent_size", "generator_decay_interval"))
+        at_least(1, "synthesis", self, ("steps", "latent_size", "generator_decay_interval"))
         if not 0 <= self.cooldown <= 1:
             raise UsageError(f"synthesis.cooldown is {self.cooldown}. Expected a share of the steps, 0 to 1.")
         if self.converged >= 1 or self.reuse_steps < 0:
@@ -72,8 +72,8 @@ class Synthesis:
                 f"synthesis.converged is {self.converged} and synthesis.reuse_steps {self.reuse_steps}. "
                 "Expected a share below 1 and a number of steps."
             )
-        _plateau_factor("synthesis", self.plateau_factor)
-        _one_of("synthesis.precision", self.precision, ("float32", "bfloat16"))
+        plateau_factor("synthesis", self.plateau_factor)
+        one_of("synthesis.precision", self.precision, ("float32", "bfloat16"))
 
 
 Scope = Literal["last_layer", "last_unit", "all_units"]
@@ -132,12 +132,12 @@ class Refinement:
 
     def __post_init__(self) -> None:
         counts = ("warmup_steps", "steps", "generator_decay_interval", "neighbour_steps")
-        _at_least(1, "refinement", self, counts)
+        at_least(1, "refinement", self, counts)
         weights = ("bn_weight", "match_weight", "diversity_weight", "radius", "bank_size")
-        _at_least(0, "refinement", self, weights)
-        _plateau_factor("refinement", self.plateau_factor)
-        _one_of("refinement.neighbour", self.neighbour, ("searched", "published"))
-        _one_of("refinement.gradients", self.gradients, get_args(Scope))
+        at_least(0, "refinement", self, weights)
+        plateau_factor("refinement", self.plateau_factor)
+        one_of("refinement.neighbour", self.neighbour, ("searched", "published"))
+        one_of("refinement.gradients", self.gradients, get_args(Scope))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,21 +158,36 @@ class Filter:
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise UsageError(f"filter.keep is {self.keep}. Expected at least 1.")
-        _one_of("filter.method", self.method, ("gradient_cover", "random"))
-        _one_of("filter.gradients", self.gradients, get_args(Scope))
+        one_of("filter.method", self.method, ("gradient_cover", "random"))
+        one_of("filter.gradients", self.gradients, get_args(Scope))
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Check a setting that is one of several texts.
+
+    Raises:
+        UsageError: it is none of them.
+    """
     if value not in allowed:
         raise UsageError(f"{name} is {value!r}. Expected {', '.join(allowed[:-1])} or {allowed[-1]}.")
 
 
-def _at_least(lowest: int, stage: str, settings: object, names: tuple[str, ...]) -> None:
+def at_least(lowest: int, stage: str, settings: object, names: tuple[str, ...]) -> None:
+    """Check numbers of a stage's settings against a lowest value.
+
+    Raises:
+        UsageError: one is below it, or not a number.
+    """
     for name in names:
         if not getattr(settings, name) >= lowest:
             raise UsageError(f"{stage}.{name} is {getattr(settings, name)}. Expected at least {lowest}.")
 
 
-def _plateau_factor(stage: str, factor: float) -> None:
+def plateau_factor(stage: str, factor: float) -> None:
+    """Check the factor by which a learning rate falls.
+
+    Raises:
+        UsageError: it is not between 0 and 1.
+    """
     if not 0 < factor < 1:
         raise UsageError(f"{stage}.plateau_factor is {factor}. Expected a number between 0 and 1.")

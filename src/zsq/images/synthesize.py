@@ -13,6 +13,7 @@ from zsq.distributed import ALONE, Group, spread
 from zsq.graph.tensors import device_of
 from zsq.images.forward import observe
 from zsq.images.losses import BatchNormStatistics, InputStatistics
+from zsq.images.pixel_settings import MadeInBatches
 from zsq.images.prior import STANDARD, InputPrior
 from zsq.images.schedules import (
     LOGS_A_BATCH,
@@ -232,7 +233,7 @@ def synthesize_batch(
     return Batch(images.contiguous(), latents.detach(), generator.requires_grad_(False))
 
 
-def batch_names(settings: Synthesis) -> list[str]:
+def batch_names(settings: MadeInBatches) -> list[str]:
     """Under which the batches are kept once they are finished, in order."""
     count = len(batch_sizes(settings.num_images, settings.batch_size))
     return [f"synthesis-{index:03d}" for index in range(count)]

@@ -5,9 +5,10 @@ from zsq.recipe import Recipe
 from zsq.recipes.baselines import GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST
 from zsq.recipes.genie import GENIE
 from zsq.recipes.sadag import SADAG
+from zsq.recipes.zeroq import DSG, ZEROQ
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (GENIE, SADAG, GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST)
+    recipe.name: recipe for recipe in (GENIE, SADAG, ZEROQ, DSG, GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST)
 }
 
 
