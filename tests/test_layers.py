@@ -39,7 +39,11 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "student": GROUND | {"graph", "quant"},
     "run": GROUND | MODELS | {"images", "student"},
-    "student_images": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover", "progress", "run"},
+    "without_images": GROUND | SETTINGS | {"graph", "quant", "images", "recover"},
+    "student_images": GROUND
+    | MODELS
+    | SETTINGS
+    | {"graph", "quant", "images", "recover", "progress", "run", "without_images"},
     "account": {"distributed", "progress"},
     "recipe_images": GROUND
     | MODELS

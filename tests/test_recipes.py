@@ -55,7 +55,7 @@ def run(model: Teacher, recipe: Recipe, seed: int = 0, **options: Any) -> Run:
 
 def test_the_table() -> None:
     baselines = {"given", "given-nearest", "noise", "noise-nearest"}
-    assert set(RECIPES) == {"genie", "sadag", "zeroq", "dsg", *baselines}
+    assert set(RECIPES) == {"genie", "sadag", "zeroq", "dsg", "dfq", *baselines}
     for name, recipe in RECIPES.items():
         assert recipe.name == name and recipe.paper and get_recipe(name) is recipe
     assert compose_recipe("genie") == GENIE

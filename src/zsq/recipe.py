@@ -70,6 +70,47 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StatisticalRanges:
+    """Activation ranges from BatchNorm statistics alone; no image is looked at.
+
+    Attributes:
+        deviations: how far from a channel's mean its range ends, in its deviations.
+    """
+
+    deviations: float = 6.0
+
+    def __post_init__(self) -> None:
+        if not self.deviations > 0:
+            raise UsageError(f"calibration.deviations must be above 0, got {self.deviations}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equalization:
+    """Rewrite the weights of the student's copy: equal ranges of channels, no large biases before a ReLU.
+
+    Attributes:
+        passes: over all pairs of layers, at most.
+        replace_relu6: put ReLU in the place of clipped ones first, whose channels cannot be rescaled; this
+            alone changes what the network computes.
+        absorb: move biases into the next layer as far as channels exceed them by `absorb_deviations`.
+        absorb_deviations: see `absorb`.
+    """
+
+    passes: int = 50
+    replace_relu6: bool = True
+    absorb: bool = True
+    absorb_deviations: float = 3.0
+
+    def __post_init__(self) -> None:
+        _at_least(1, equalization_passes=self.passes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasCorrection:
+    """Take what rounding adds to the mean of a layer's output from its bias, from BatchNorm statistics."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reconstruction:
     """Learn rounding and step sizes, unit by unit, against the teacher's outputs.
 
@@ -117,7 +158,9 @@ class Recipe:
         name: as on the command line.
         paper: title and where to find it.
         fold_batch_norm: fold BatchNorm into the layer before it, on the student's copy, where it can be.
+        equalization: rewrites of its weights; None leaves them.
         scheme: bits and their placement; `--bits` and `--ends` replace it.
+        bias_correction: of the quantized layers; None leaves their biases.
         synthesis: where the images come from.
         refinement: how synthetic images are moved afterwards; None leaves them. At 8 bits they stay.
         filter: which of the images are kept; None keeps all.
@@ -129,12 +172,14 @@ class Recipe:
     name: str
     paper: str
     fold_batch_norm: bool = False
+    equalization: Equalization | None = None
     scheme: Scheme = field(default_factory=Scheme)
+    bias_correction: BiasCorrection | None = None
     synthesis: Source = field(default_factory=Synthesis)
     refinement: Refinement | None = None
     filter: Filter | None = None
     num_holdout: int = 32
-    calibration: Calibration = field(default_factory=Calibration)
+    calibration: Calibration | StatisticalRanges = field(default_factory=Calibration)
     reconstruction: Reconstruction | None = field(default_factory=Reconstruction)
 
 
@@ -155,7 +200,7 @@ def with_overrides(recipe: Recipe, overrides: typing.Mapping[str, str | int | fl
 def describe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as nested dictionaries that JSON can hold; a stage's kind is under "kind".
 
-    Optional stages that a recipe does not have (refinement, filter) are left out.
+    Optional stages that a recipe does not have (refinement, filter ...) are left out.
     """
 
     def plain(value: Any) -> Any:

@@ -10,11 +10,10 @@ from torch import Tensor, fx
 
 from zsq.errors import UsageError
 from zsq.graph.blocks import Unit, split
-from zsq.graph.fold import fold_batch_norms
 from zsq.graph.tensors import device_of
 from zsq.images.filters import cover
 from zsq.images.gradients import Probe, gradient_probe
-from zsq.images.prior import input_prior
+from zsq.images.prior import STANDARD, InputPrior, input_prior
 from zsq.images.refine import refine, refined_name
 from zsq.images.settings import Refinement, Scope, Synthesis
 from zsq.images.synthesize import Batch, batch_from_piece, batch_names
@@ -25,6 +24,7 @@ from zsq.recipe import Recipe, Reconstruction
 from zsq.recover.reconstruct import reconstruct, unit_name
 from zsq.rng import derived_seed, rng_for
 from zsq.run import Prefixed, State
+from zsq.without_images import rewritten, settle_by_statistics
 
 KEPT = "kept"  # the piece of a run that says which images the filter kept
 
@@ -35,8 +35,8 @@ class Networks:
 
     Attributes:
         graph: captured teacher with its BatchNorm layers.
-        original: the same, folded if the recipe folds.
-        student: attached to `original`, nothing calibrated yet.
+        original: the same, folded and rewritten as the recipe says.
+        student: attached to `original`; ranges are set only if they come from statistics.
         quantizers: of the student.
         units: of `original`.
     """
@@ -48,10 +48,20 @@ class Networks:
     units: tuple[Unit, ...]
 
 
-def attached(graph: fx.GraphModule, settings: Recipe) -> Networks:
-    """Fold as the recipe says, split, attach quantizers."""
-    original = fold_batch_norms(graph)[0] if settings.fold_batch_norm else graph
+def attached(graph: fx.GraphModule, settings: Recipe, prior: InputPrior = STANDARD) -> Networks:
+    """Fold and rewrite as the recipe says, split, attach quantizers, do what needs statistics but no images.
+
+    Args:
+        graph: captured teacher with its BatchNorm layers.
+        settings: the recipe.
+        prior: of the images.
+
+    Raises:
+        UsageError: the recipe needs statistics that the model does not have.
+    """
+    original, known = rewritten(graph, settings)
     student, quantizers = attach(original, settings.scheme)
+    settle_by_statistics(original, known, student, quantizers, settings, prior)
     return Networks(graph, original, student, quantizers, split(original.graph))
 
 

@@ -3,13 +3,13 @@
 from zsq.errors import UsageError
 from zsq.recipe import Recipe
 from zsq.recipes.baselines import GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST
+from zsq.recipes.dfq import DFQ
 from zsq.recipes.genie import GENIE
 from zsq.recipes.sadag import SADAG
 from zsq.recipes.zeroq import DSG, ZEROQ
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (GENIE, SADAG, ZEROQ, DSG, GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST)
-}
+_ALL = (GENIE, SADAG, ZEROQ, DSG, DFQ, GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST)
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
 
 
 def get_recipe(name: str) -> Recipe:
