@@ -186,8 +186,8 @@ class Recipe:
 def with_overrides(recipe: Recipe, overrides: typing.Mapping[str, str | int | float | bool | None]) -> Recipe:
     """Replace fields by dotted name, e.g. {"synthesis.steps": 500}; texts are read as the field's type.
 
-    A stage that the recipe does not use is put in with its defaults by "on", e.g. {"filter": "on"}, and one
-    that it can do without is taken out by "none".
+    A stage that the recipe does not use is put in with its defaults by "on", e.g. {"filter": "on"}; "none"
+    takes an optional stage out.
 
     Raises:
         UsageError: an unknown field, or a value that the field cannot take.
@@ -237,8 +237,9 @@ def _replace(target: T, path: list[str], value: Any, name: str) -> T:
     known = {f.name: f for f in fields(target)}  # type: ignore[arg-type]
     head, *rest = path
     hint = typing.get_type_hints(type(target)).get(head)
-    removed = value in (None, "none") and type(None) in typing.get_args(hint)
-    if head not in known or (not rest and is_dataclass(getattr(target, head)) and not removed):
+    whole = head in known and not rest and is_dataclass(getattr(target, head))
+    switched = type(None) in typing.get_args(hint) and value in (None, "none", "on")
+    if head not in known or (whole and not switched):
         raise UsageError(
             f"There is no setting {name!r}; at this place there are: {', '.join(sorted(known))}. "
             "`zsq show RECIPE` lists all of them."
@@ -250,6 +251,8 @@ def _replace(target: T, path: list[str], value: Any, name: str) -> T:
         if not is_dataclass(current):
             raise UsageError(f"There is no setting {name!r}: {head!r} is a single value, {current!r}.")
         new: Any = _replace(current, rest, value, name)
+    elif whole and value == "on":
+        return target  # it is
     else:
         new = _convert(value, hint, name)
     return replace(target, **{head: new})  # type: ignore[type-var]
