@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ import zsq
 from zsq import distributed
 from zsq.distributed import ALONE, Group, joined
 from zsq.errors import JobError, UsageError
-from zsq.images.pixel_settings import Centres, ClassGuide, PixelSynthesis
-from zsq.pipeline import quantize, synthesize_images
+from zsq.pipeline import quantize
 from zsq.progress import Progress
-from zsq.recipes.zeroq import ZEROQ
 
 TINY: dict[str, Any] = {
     "synthesis.num_images": 23,  # batches of 8, 8 and 7
@@ -38,13 +35,6 @@ def tiny(out: Path, group: Group = ALONE, **options: Any) -> zsq.Run:
     )
 
 
-def pixels(out: Path, group: Group = ALONE) -> None:
-    """Images of classes, with centres; four batches, and two of centres."""
-    source = PixelSynthesis(num_images=13, batch_size=4, steps=2, classes=ClassGuide())
-    recipe = replace(ZEROQ, synthesis=replace(source, centres=Centres(steps=2)))
-    synthesize_images(teacher(Residual), recipe=recipe, budget="paper", seed=3, out=out, group=group)
-
-
 def measured(run: zsq.Run, group: Group = ALONE) -> dict[str, Any]:
     """Accuracy on labelled images, of which every process reads its own; the second batch is the last."""
     x = images(90, seed=5)
@@ -58,9 +48,8 @@ def die_in_reconstruction(event: Progress) -> None:
 
 
 def whole(folder: Path, group: Group) -> None:
-    """A run and its accuracy, images of classes; then a run in which the last process is killed."""
+    """A run and its accuracy; then one in which the last process is killed."""
     run = tiny(folder / "run", group)
-    pixels(folder / "pixels", group)
     accuracy = measured(run, group)
     group.first(lambda: (folder / "accuracy.json").write_text(json.dumps(accuracy)))
     progress = die_in_reconstruction if group.rank == group.size - 1 else lambda event: None

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distributed_job import measured, pixels, tiny
+from distributed_job import measured, tiny
 from safetensors.torch import load_file
 
 from zsq.distributed import ALONE, Group, joined, local_device, spread
@@ -91,12 +91,6 @@ def test_two_processes_give_what_one_gives(folder: Path) -> None:
         m["item"] for m in load_run(folder / "alone").metrics if m["stage"] == "reconstruct"
     ]
     assert json.loads((folder / "accuracy.json").read_text()) == measured(load_run(folder / "run"))
-
-
-def test_images_of_classes_are_the_same(folder: Path) -> None:
-    pixels(folder / "alone-pixels")
-    files = [folder / name / "images.safetensors" for name in ("alone-pixels", "pixels")]
-    assert files[0].read_bytes() == files[1].read_bytes() and len(load_file(files[0])["labels"]) == 13
 
 
 def test_a_killed_process_ends_the_job_with_a_message(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Images optimised as pixels: losses fall, classes are met, the same bits whatever is resumed."""
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from image_networks import SIZE, AfterReLU, NoBatchNorm, Residual, captured, trained
 from torch import Tensor, fx
 
+from zsq.distributed import Group
 from zsq.errors import JobError, UsageError
 from zsq.graph.capture import capture
 from zsq.images.forward import observe
@@ -105,6 +107,41 @@ def test_batches_in_any_order(form: str, residual: fx.GraphModule) -> None:
     done: Pieces = {name: piece for name, piece in whole.items() if name.startswith("synthesis")}
     again, logged = make(residual, settings, done)
     assert torch.equal(again, images) and not logged  # no centres are made for nothing
+
+
+class Thread(Group):
+    """A process of two, as a thread."""
+
+    barrier = threading.Barrier(2)
+    sent = [b"", b""]
+
+    def exchange(self, own: bytes) -> list[bytes]:
+        self.sent[self.rank] = own
+        self.barrier.wait(60)
+        result = list(self.sent)
+        self.barrier.wait(60)
+        return result
+
+
+def test_two_processes_make_the_images_of_one(residual: fx.GraphModule) -> None:
+    settings = replace(FORMS["centres"], num_images=17, batch_size=4)
+    alone: Pieces = {}
+    images, _ = make(residual, settings, alone)
+    pieces: list[Pieces] = [{}, {}]
+    logged: list[Any] = [None, None]
+
+    def work(rank: int) -> None:
+        logged[rank] = make(residual, settings, pieces[rank], group=Thread(rank, 2))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for (found, events), own in zip(logged, pieces, strict=True):
+        assert torch.equal(found, images) and own.keys() == alone.keys()
+        assert all(torch.equal(own[name]["labels"], alone[name]["labels"]) for name in alone)
+        assert 0 < len({name for name, *_ in events}) < len(alone)  # each made a part
 
 
 def test_labels_of_batches(residual: fx.GraphModule) -> None:

@@ -1,11 +1,14 @@
 """Losses of images that are to be of a class: functions of logits, labels and features."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from zsq.errors import UsageError
+from zsq.images.forward import ForwardPass
+from zsq.images.pixel_settings import ClassGuide
 
 
 def number_of_classes(graph_module: fx.GraphModule) -> int:
@@ -132,3 +135,41 @@ def class_distance_loss(
     cost = (lowest - distance).clamp(min=0) + (distance - highest).clamp(min=0)
     counted = (rest > 0).float()
     return (cost * counted).sum() / counted.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class ClassLosses:
+    """What the settings ask of the classes of a batch.
+
+    Attributes:
+        settings: which losses, and their weights.
+        labels: (N,), int64.
+        targets: (N,), of `probability_loss`.
+        num_classes: K.
+    """
+
+    settings: ClassGuide
+    labels: Tensor
+    targets: Tensor
+    num_classes: int
+
+    def __call__(self, forward: ForwardPass) -> dict[str, Tensor]:
+        """Weighted losses, by name, of a pass with logits (and embedding, where a distance has a weight)."""
+        settings, logits = self.settings, forward.logits
+        assert logits is not None
+        if settings.loss == "cross_entropy":
+            own = hard_sample_loss(logits, self.labels, settings.hardness)
+        else:
+            own = probability_loss(logits, self.labels, self.targets)
+        losses = {"class": settings.weight * own}
+        if settings.distance_weight > 0:
+            assert forward.embedding is not None
+            distance = class_distance_loss(
+                forward.embedding,
+                self.labels,
+                lowest=settings.distance_min,
+                highest=settings.distance_max,
+                num_classes=self.num_classes,
+            )
+            losses["distance"] = settings.distance_weight * distance
+        return losses

@@ -7,14 +7,8 @@ import torch
 from torch import Tensor, fx
 
 from zsq.graph.tensors import device_of
-from zsq.images.class_losses import (
-    class_distance_loss,
-    hard_sample_loss,
-    number_of_classes,
-    probability_loss,
-    soft_targets,
-)
-from zsq.images.forward import ForwardPass, Observer, observe
+from zsq.images.class_losses import ClassLosses, number_of_classes, soft_targets
+from zsq.images.forward import Observer, observe
 from zsq.images.losses import InputStatistics
 from zsq.images.pixel_settings import PixelSynthesis
 from zsq.images.prior import InputPrior
@@ -44,35 +38,21 @@ def pixel_objective(
     distant = classes is not None and classes.distance_weight > 0
     observer = observe(teacher, logits=classes is not None, embedding=distant, fold=True)
     reduced = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
-    count = 0 if classes is None else number_of_classes(teacher)
-    soft, given = None, None if labels is None else labels.to(device)
+    of_classes = None
     if classes is not None:
+        assert labels is not None
         soft = soft_targets(shape[0], share=classes.soft_share, lowest=classes.soft_lowest, rng=rng)
-        soft = soft.to(device)
+        of_classes = ClassLosses(classes, labels.to(device), soft.to(device), number_of_classes(teacher))
     distance = StatisticsDistance(settings.bn, _slack(observer, settings, shape, rng, device, prior))
     to_centres = StatisticsDistance(replace(settings.bn, shallow=0.0, deep=1.0))
     input_statistics = InputStatistics(prior)
 
-    def class_parts(forward: ForwardPass) -> dict[str, Tensor]:
-        if classes is None:
-            return {}
-        assert forward.logits is not None and given is not None and soft is not None
-        if classes.loss == "cross_entropy":
-            own = hard_sample_loss(forward.logits, given, classes.hardness)
-        else:
-            own = probability_loss(forward.logits, given, soft)
-        parts = {"class": classes.weight * own}
-        if distant:
-            assert forward.embedding is not None
-            bounds = {"lowest": classes.distance_min, "highest": classes.distance_max}
-            apart = class_distance_loss(forward.embedding, given, **bounds, num_classes=count)
-            parts["distance"] = classes.distance_weight * apart
-        return parts
-
     def objective(images: Tensor) -> dict[str, Tensor]:
         with reduced:
             forward = observer(images)
-        parts = {"bn": settings.bn.weight * distance(forward), **class_parts(forward)}
+        parts = {"bn": settings.bn.weight * distance(forward)}
+        if of_classes is not None:
+            parts |= of_classes(forward)
         if settings.image_weight > 0:
             parts["image"] = settings.image_weight * input_statistics(forward)
         if settings.centres is not None and targets is not None:
