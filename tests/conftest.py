@@ -1,5 +1,7 @@
 """Fixtures that several test files share."""
 
+import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +24,21 @@ def one_thread() -> None:
 def timm() -> ModuleType:
     """timm, importable even where torchvision's compiled part is not."""
     return import_timm()
+
+
+@pytest.fixture(scope="session")
+def random_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a real text-to-image pipeline of diffusers, with random weights."""
+    if importlib.util.find_spec("diffusers") is None:
+        pytest.skip("diffusers is not installed")
+    sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+    try:
+        from tiny_pipeline import build
+    finally:
+        del sys.path[0]
+    path = tmp_path_factory.mktemp("pipeline")
+    build().save_pretrained(path)
+    return path
 
 
 @pytest.fixture

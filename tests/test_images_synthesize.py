@@ -13,19 +13,10 @@ from zsq.errors import JobError, UsageError
 from zsq.graph.capture import capture
 from zsq.images.forward import observe
 from zsq.images.losses import BatchNormStatistics, InputStatistics
+from zsq.images.schedules import WINDOW, Convergence, Plateau, cooling, schedule
 from zsq.images.settings import Synthesis
 from zsq.images.sources import LatentGenerator
-from zsq.images.synthesize import (
-    WINDOW,
-    Batch,
-    Convergence,
-    Plateau,
-    batch_sizes,
-    cooling,
-    schedule,
-    synthesize,
-    synthesize_batch,
-)
+from zsq.images.synthesize import Batch, batch_sizes, synthesize, synthesize_batch
 
 SHORT = Synthesis(num_images=8, batch_size=8, steps=3, latent_size=16)
 
@@ -119,8 +110,7 @@ def test_plateau_is_the_rule_of_torch(patience: int) -> None:
     )
     losses[40] = losses[39] * (1 - 0.9e-4)  # not enough of a fall
     losses[100] = torch.nan
-    settings = Synthesis()
-    plateau = Plateau(0.1, settings, patience=patience, device=torch.device("cpu"))
+    plateau = Plateau(0.1, factor=0.1, patience=patience, lowest=1e-4, device=torch.device("cpu"))
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     oracle = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=patience, min_lr=1e-4)
     seen = set()

@@ -18,7 +18,7 @@ ROOT = Path(zsq.__file__).parent
 # stage takes, below all stages but graph, which has no settings.
 GROUND = {"errors", "rng", "distributed", "_version", "allocator", "out_of_memory"}
 MODELS = {"architectures", "bundled", "weight_files", "teacher", "models"}
-SETTINGS = {"recipe", "images.prompts", "images.settings", "quant.scheme"}
+SETTINGS = {"recipe", "images.prompts", "images.settings", "images.pixel_settings", "quant.scheme"}
 DATA = {"data", "data_arrays", "data_files", "data_hub", "data_tensors", "pictures"}
 BENCH = {"bench", "bench_file", "bench_jobs", "bench_plan", "bench_row", "bench_worker"}
 ALLOWED: dict[str, set[str]] = {
@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "graph": GROUND | MODELS,
     "images.settings": GROUND,
     "images.prompts": GROUND,
+    "images.pixel_settings": GROUND | {"images.settings"},
     "quant.scheme": GROUND | {"graph"},
     "recipe": GROUND | SETTINGS,
     "quant": GROUND | MODELS | SETTINGS | {"graph"},
@@ -39,7 +40,11 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "student": GROUND | {"graph", "quant"},
     "run": GROUND | MODELS | {"images", "student"},
-    "student_images": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover", "progress", "run"},
+    "without_images": GROUND | SETTINGS | {"graph", "quant", "images", "recover"},
+    "student_images": GROUND
+    | MODELS
+    | SETTINGS
+    | {"graph", "quant", "images", "recover", "progress", "run", "without_images"},
     "account": {"distributed", "progress"},
     "recipe_images": GROUND
     | MODELS

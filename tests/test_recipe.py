@@ -17,6 +17,7 @@ from zsq.budget import (
     with_budget,
 )
 from zsq.errors import UsageError
+from zsq.images.pixel_settings import PixelSynthesis
 from zsq.images.settings import Filter, Synthesis
 from zsq.pipeline import compose_recipe
 from zsq.recipe import (
@@ -187,8 +188,13 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
     num_images, synthesis_steps, reconstruction_steps = COUNTS[budget, False]
     assert with_budget(recipe, budget, input_size=(3, 64, 64)) == scaled
     large = with_budget(recipe, budget, input_size=(3, 224, 224))
+    if isinstance(recipe.synthesis, PixelSynthesis):  # never more than was published
+        assert scaled.synthesis.num_images == min(num_images, recipe.synthesis.num_images)
+        assert isinstance(scaled.synthesis, PixelSynthesis)
+        assert scaled.synthesis.steps == min(synthesis_steps, recipe.synthesis.steps)
+    else:
+        assert scaled.synthesis.num_images == num_images
     assert large.synthesis.num_images == COUNTS[budget, True][0]
-    assert scaled.synthesis.num_images == num_images
     if isinstance(scaled.synthesis, Synthesis):
         assert scaled.synthesis.steps == synthesis_steps
     if scaled.reconstruction is None:

@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from quantization_networks import SIZE, Residual, images, teacher
 
+from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
+from zsq.images.prompts import TextToImage
 from zsq.images.settings import Synthesis
 from zsq.models import Teacher
 from zsq.pipeline import compose_recipe, quantize
@@ -29,14 +32,20 @@ def shrunk(recipe: Recipe, **changes: Any) -> Recipe:
     source = recipe.synthesis
     if isinstance(source, Synthesis):
         source = replace(source, num_images=10, batch_size=10, steps=30, latent_size=8, lr_latent=0.01)
+    elif isinstance(source, PixelSynthesis):
+        source = replace(source, num_images=10, batch_size=10, steps=30, lr=0.05)
+    elif isinstance(source, TextToImage):
+        source = replace(source, num_images=13, batch_size=13, steps=1)
     else:
         source = replace(source, num_images=10)
+    chosen = recipe.filter and replace(recipe.filter, keep=12, then=replace(recipe.filter, keep=10))
     reconstruction = recipe.reconstruction and replace(recipe.reconstruction, steps=3, batch_size=5)
     refinement = recipe.refinement and replace(recipe.refinement, steps=2, warmup_steps=2)
     return replace(
         recipe,
         **{
             "synthesis": source,
+            "filter": chosen,
             "refinement": refinement,
             "reconstruction": reconstruction,
             "num_holdout": 2,
@@ -51,17 +60,26 @@ def run(model: Teacher, recipe: Recipe, seed: int = 0, **options: Any) -> Run:
 
 
 def test_the_table() -> None:
-    assert set(RECIPES) == {"genie", "sadag", "given", "given-nearest", "noise", "noise-nearest"}
+    baselines = {"given", "given-nearest", "noise", "noise-nearest"}
+    assert set(RECIPES) == {"genie", "sadag", "zeroq", "dsg", "dfq", "genq", "mixup_class", *baselines}
     for name, recipe in RECIPES.items():
         assert recipe.name == name and recipe.paper and get_recipe(name) is recipe
     assert compose_recipe("genie") == GENIE
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of diffusers and transformers
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", RECIPES)
-def test_runs_and_one_seed_gives_one_result(name: str, model: Teacher) -> None:
+def test_runs_and_one_seed_gives_one_result(
+    name: str, model: Teacher, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     recipe = shrunk(RECIPES[name])
+    if isinstance(recipe.synthesis, TextToImage):
+        (tmp_path / "names.txt").write_text("\n".join("abcdefg"))
+        pipeline, names = str(request.getfixturevalue("random_pipeline")), str(tmp_path / "names.txt")
+        recipe = replace(recipe, synthesis=replace(recipe.synthesis, pipeline=pipeline, class_names=names))
     first, again, other = (run(model, recipe, seed) for seed in (1, 1, 2))
-    assert first.images.shape == (10, *SIZE)
+    assert first.images.shape == (13 if name == "mixup_class" else 10, *SIZE)
     logits = first.student(images(3))
     assert logits.shape == (3, 7) and bool(logits.isfinite().all())
     assert student_to_bytes(first.student) == student_to_bytes(again.student)
@@ -74,7 +92,7 @@ def test_runs_and_one_seed_gives_one_result(name: str, model: Teacher) -> None:
     assert any(learned) if recipe.reconstruction else not any(learned)
 
 
-@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if isinstance(r.synthesis, Synthesis)])
+@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if isinstance(r.synthesis, MadeInBatches)])
 def test_synthesis_lowers_its_loss(name: str, model: Teacher) -> None:
     events: list[Progress] = []
     run(model, shrunk(RECIPES[name]), progress=events.append)

@@ -1,6 +1,5 @@
 """The real pipeline class of diffusers with random weights: runs, resumes, blanked and missing pictures."""
 
-import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -22,8 +21,6 @@ from zsq.images.text_to_image import load_pipeline, paint, without_broken_torchv
 from zsq.models import Teacher, load_model
 from zsq.progress import Progress
 
-if importlib.util.find_spec("diffusers") is None:
-    pytest.skip("diffusers is not installed", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers and transformers, about each other
 
 SMALL: dict[str, Any] = {"synthesis.num_images": 7, "synthesis.steps": 2, "synthesis.batch_size": 3}
@@ -31,15 +28,8 @@ FAST = {"reconstruction.steps": 2, "calibration.num_images": 7}
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-    try:
-        from tiny_pipeline import build
-    finally:
-        del sys.path[0]
-    path = tmp_path_factory.mktemp("pipeline")
-    build().save_pretrained(path)
-    return path
+def folder(random_pipeline: Path) -> Path:
+    return random_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ from zsq.bench_plan import Job, Plan, digest
 from zsq.data import load_images
 from zsq.errors import UsageError
 from zsq.evaluate import CHUNK, accuracy
-from zsq.images.settings import Synthesis
-from zsq.images.synthesize import batch_name, batch_sizes
+from zsq.images.pixel_settings import MadeInBatches
+from zsq.images.synthesize import batch_names, batch_sizes
 from zsq.pipeline import quantize, synthesize_images
 from zsq.progress import Callback, Progress
 from zsq.recipe import GivenImages, Recipe, describe
@@ -49,7 +49,7 @@ def fill_row(
 ) -> dict[str, Any]:
     label, bits, seed = job.cell
     images, made, seconds = None, None, None
-    if isinstance(job.settings.synthesis, Synthesis):
+    if isinstance(job.settings.synthesis, MadeInBatches):
         made, seconds = _synthetic_images(job, job.settings.synthesis, plan, device, folder, title, say)
     elif isinstance(job.settings.synthesis, GivenImages):
         images = _given_images(plan)
@@ -72,7 +72,7 @@ def fill_row(
     timings: dict[str, float | None] = dict(run.record["timings"])
     if status == "running":  # the time before the interruption is not known
         timings = dict.fromkeys(timings)
-    if isinstance(job.settings.synthesis, Synthesis):
+    if isinstance(job.settings.synthesis, MadeInBatches):
         timings["synthesize"] = seconds
     started = time.perf_counter()
     measured = measure(run.student, plan, device)
@@ -119,7 +119,7 @@ def image_files(job: Job, plan: Plan, device: str, folder: Path) -> tuple[Path, 
     The name is a hash of all that the images depend on.
     """
     settings = job.settings.synthesis
-    if not isinstance(settings, Synthesis):
+    if not isinstance(settings, MadeInBatches):
         return None
     depends = [job.definition["model"], plan.teacher.spec.input_size, asdict(settings), job.cell[2]]
     key = digest([*depends, torch.device(device).type])
@@ -128,12 +128,12 @@ def image_files(job: Job, plan: Plan, device: str, folder: Path) -> tuple[Path, 
 
 def make_images(job: Job, plan: Plan, device: str, folder: Path, title: str, say: Say) -> None:
     """Make the row's synthetic images, unless they are there."""
-    if isinstance(job.settings.synthesis, Synthesis):
+    if isinstance(job.settings.synthesis, MadeInBatches):
         _synthetic_images(job, job.settings.synthesis, plan, device, folder, title, say)
 
 
 def _synthetic_images(
-    job: Job, settings: Synthesis, plan: Plan, device: str, folder: Path, title: str, say: Say
+    job: Job, settings: MadeInBatches, plan: Plan, device: str, folder: Path, title: str, say: Say
 ) -> tuple[Batches, float | None]:
     """Images of a network, settings and a seed, made once, then read; and the seconds they took.
 
@@ -146,9 +146,9 @@ def _synthetic_images(
     sources = file.with_name(f"{file.stem}{SOURCES}.safetensors")
     needed = job.settings.refinement is not None
     try:
-        images = load_safetensors(file.read_bytes())["images"]
+        found = load_safetensors(file.read_bytes())
         kept = load_safetensors(sources.read_bytes()) if needed else {}
-        return _as_batches(images, kept, settings), json.loads(about.read_text())["seconds"]
+        return _as_batches(found, kept, settings), json.loads(about.read_text())["seconds"]
     except (OSError, ValueError, KeyError, SafetensorError):
         pass
     work = folder / WORK / f"images-{digest([file.stem, teacher.name, _versions()])}"
@@ -170,15 +170,22 @@ def _synthetic_images(
     if any(other.settings.refinement is not None for other in plan.jobs):
         kept = {f"{name}/{key}": t for name, piece in made.items() for key, t in piece.items()}
         write_atomic(sources, save_safetensors({k: t for k, t in kept.items() if not k.endswith("/images")}))
-    write_atomic(file, save_safetensors({"images": images.contiguous()}))
+    labels = [piece["labels"] for piece in made.values() if "labels" in piece]
+    tensors = {"images": images.contiguous(), **({"labels": torch.cat(labels)} if labels else {})}
+    write_atomic(file, save_safetensors(tensors))
     shutil.rmtree(work, ignore_errors=True)
     return made, seconds
 
 
-def _as_batches(images: Tensor, sources: Mapping[str, Tensor], settings: Synthesis) -> Batches:
-    """Images and sources from the files of `_synthetic_images` as the batches that synthesis made."""
+def _as_batches(
+    found: Mapping[str, Tensor], sources: Mapping[str, Tensor], settings: MadeInBatches
+) -> Batches:
+    """Images, labels and sources from the files of `_synthetic_images` as the batches that synthesis made."""
     sizes = batch_sizes(settings.num_images, settings.batch_size)
-    batches: Batches = {batch_name(k): {"images": part} for k, part in enumerate(images.split(sizes))}
+    batches: Batches = {name: {} for name in batch_names(settings)}
+    for kind, tensor in found.items():
+        for batch, part in zip(batches.values(), tensor.split(sizes), strict=True):
+            batch[kind] = part
     for key, tensor in sources.items():
         name, _, leaf = key.partition("/")
         batches[name][leaf] = tensor

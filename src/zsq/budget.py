@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from zsq.errors import UsageError
+from zsq.images.pixel_settings import PixelSynthesis
 from zsq.images.prompts import TextToImage
 from zsq.images.settings import Filter, Synthesis
 from zsq.recipe import Recipe
@@ -60,6 +61,8 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
     source = recipe.synthesis
     if isinstance(source, Synthesis):
         source = replace(source, num_images=num_images, steps=synthesis_steps)
+    elif isinstance(source, PixelSynthesis):
+        source = _pixels(source, num_images, synthesis_steps)
     elif isinstance(source, TextToImage):
         of_filtered = num_images / _final_count(recipe.filter, source.num_images)
         source = replace(source, num_images=round(source.num_images * of_filtered))
@@ -105,3 +108,13 @@ def _rounding_rate(published: float, steps: int, bits: int) -> float:
     """Learning rate of rounding logits for so many steps, for weights of so many bits."""
     travel = TRAVEL if bits < 4 else TRAVEL_OF_4_BITS
     return min(max(published, travel / steps), MAX_LR_ROUNDING)
+
+
+def _pixels(published: PixelSynthesis, num_images: int, steps: int) -> PixelSynthesis:
+    """At most so many images and steps a batch; the steps of the centres shrink in proportion."""
+    steps = min(published.steps, steps)
+    centres = published.centres
+    if centres is not None:
+        centres = replace(centres, steps=max(1, round(centres.steps * steps / published.steps)))
+    num_images = min(published.num_images, num_images)
+    return replace(published, num_images=num_images, steps=steps, centres=centres)

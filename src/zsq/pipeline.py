@@ -20,18 +20,20 @@ from zsq.errors import UsageError
 from zsq.evaluate import agreement, unit_signal_to_noise
 from zsq.graph.blocks import Unit, split
 from zsq.graph.capture import capture
+from zsq.images.class_losses import number_of_classes
 from zsq.images.forward import observe
+from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
+from zsq.images.prior import input_prior
 from zsq.images.prompts import TextToImage
-from zsq.images.settings import Synthesis
 from zsq.memory import cache_bytes, read_bytes
 from zsq.models import Teacher, load_model
 from zsq.progress import Callback, Progress, silent
 from zsq.quant.scheme import parse_bits
-from zsq.recipe import GivenImages, Recipe, with_overrides
+from zsq.recipe import GivenImages, Recipe, StatisticalRanges, with_overrides
 from zsq.recipe_images import (
     Batches,
-    batch_names,
     check_made,
+    made_names,
     make_holdout,
     make_images,
     shape_images,
@@ -52,6 +54,7 @@ from zsq.run import (
 from zsq.student import stored_bytes
 from zsq.student_images import attached, check_shaping, refines
 from zsq.text_images import plan_identity, prompts_of
+from zsq.without_images import check_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +147,7 @@ def quantize(
     account = Account(progress, group)
     with account.timed("capture"):
         graph = captured(teacher, target)
-        _check_graph(graph, settings)
+        _check_graph(graph, settings, teacher)
     identity = identity_of("quantize", teacher, settings, images, seed, target)
     identity |= _plan_identity(graph, teacher, settings, seed)
     folder = Path(out) if out is not None else None
@@ -211,7 +214,7 @@ def synthesize_images(
         raise UsageError(f"The recipe {settings.name!r} makes no images.")
     target = _device(device)
     graph = captured(teacher, target)
-    _check_graph(graph, settings)
+    _check_graph(graph, settings, teacher)
     state: State = {}
     folder = Path(out) if out is not None else None
     if folder is not None:
@@ -221,14 +224,14 @@ def synthesize_images(
     account, keep = Account(progress, group), made is not None
     found = make_images(graph, teacher, settings, None, seed, target, state, account, keep_sources=keep)
     if made is not None:
-        made.update({name: state[name] for name in batch_names(settings)})
+        made.update({name: state[name] for name in made_names(settings)})
     if refines(settings) or settings.filter is not None:
-        networks = attached(graph, settings)
+        networks = attached(graph, settings, input_prior(teacher.spec))
         found = shape_images(networks, found, settings, teacher.spec, seed, state, account)
     if folder is not None:
 
         def write() -> None:
-            write_images(folder, found.images, teacher.spec, found.prompts)
+            write_images(folder, found.images, teacher.spec, found.labels, found.prompts)
             shutil.rmtree(folder / STATE, ignore_errors=True)
             (folder / RECORD).unlink(missing_ok=True)
 
@@ -252,15 +255,18 @@ def captured(teacher: Teacher, device: torch.device) -> fx.GraphModule:
     return capture(module, teacher.spec.input_size)
 
 
-def _check_graph(graph: fx.GraphModule, settings: Recipe) -> None:
+def _check_graph(graph: fx.GraphModule, settings: Recipe, teacher: Teacher) -> None:
     """Refuse a model that the recipe cannot work on, before anything is written."""
     try:
         split(graph.graph)
     except ValueError as error:
         raise UsageError(f"There is nothing to quantize in this model: {error}.") from error
     check_shaping(graph, settings)
-    if isinstance(settings.synthesis, Synthesis):
+    if isinstance(settings.synthesis, MadeInBatches):
         observe(graph)
+    if isinstance(settings.synthesis, PixelSynthesis) and settings.synthesis.classes is not None:
+        number_of_classes(graph)
+    check_statistics(graph, settings, input_prior(teacher.spec))
 
 
 def _plan_identity(graph: fx.GraphModule, teacher: Teacher, settings: Recipe, seed: int) -> dict[str, str]:
@@ -286,7 +292,7 @@ def _run_stages(
     with account.timed("synthesize"):
         made = make_images(graph, teacher, settings, given, seed, device, state, account)
     with account.timed("quantize"):
-        networks = attached(graph, settings)
+        networks = attached(graph, settings, input_prior(teacher.spec))
         original, student, units = networks.original, networks.student, networks.units
         quantizers = networks.quantizers
     made = shape_images(networks, made, settings, teacher.spec, seed, state, account)
@@ -319,10 +325,11 @@ def _run_stages(
             storage=_storage(original, units, len(images), bound, scratch),
         )
     with account.timed("holdout"):
-        holdout = make_holdout(graph, teacher, settings, seed, state, account)
+        unseen = isinstance(settings.calibration, StatisticalRanges) and learning is None
+        holdout = images if unseen else make_holdout(graph, teacher, settings, seed, state, account)
         if holdout is not None:
             holdout = holdout.to(device)
-        estimates = _estimates(original, student, units, images, holdout)
+        estimates = _estimates(original, student, units, None if unseen else images, holdout)
     student = student.cpu()
     sizes = stored_bytes(student)
     record = {
@@ -339,7 +346,7 @@ def _run_stages(
             "student_parts": sizes,
         },
     }
-    return Run(student, record, images.cpu(), teacher.spec, prompts=list(made.prompts))
+    return Run(student, record, images.cpu(), teacher.spec, labels=made.labels, prompts=list(made.prompts))
 
 
 def _storage(
@@ -354,12 +361,20 @@ def _storage(
 
 
 def _estimates(
-    teacher: fx.GraphModule, student: fx.GraphModule, units: Any, images: Tensor, holdout: Tensor | None
+    teacher: fx.GraphModule,
+    student: fx.GraphModule,
+    units: Any,
+    images: Tensor | None,
+    holdout: Tensor | None,
 ) -> dict[str, Any]:
-    """What can be said without data: agreement on synthetic images. Never called accuracy."""
+    """What can be said without data: agreement on synthetic images. Never called accuracy.
+
+    `images` are those that the student was made with, None if it was made without any.
+    """
     result: dict[str, Any] = {"note": "on synthetic images; this is agreement with the teacher, not accuracy"}
     if holdout is not None:
         result["holdout"] = agreement(student, teacher, holdout)
         result["unit_snr"] = unit_signal_to_noise(teacher, student, units, holdout)
-    result["calibration_images"] = agreement(student, teacher, images)
+    if images is not None:
+        result["calibration_images"] = agreement(student, teacher, images)
     return result

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from zsq.errors import UsageError
+from zsq.images.pixel_settings import PixelSynthesis
 from zsq.images.prompts import TextToImage
 from zsq.images.settings import Filter, Refinement, Synthesis
 from zsq.quant.scheme import Scheme
@@ -70,6 +71,47 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StatisticalRanges:
+    """Activation ranges from BatchNorm statistics alone; no image is looked at.
+
+    Attributes:
+        deviations: how far from a channel's mean its range ends, in its deviations.
+    """
+
+    deviations: float = 6.0
+
+    def __post_init__(self) -> None:
+        if not self.deviations > 0:
+            raise UsageError(f"calibration.deviations must be above 0, got {self.deviations}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equalization:
+    """Rewrite the weights of the student's copy: equal ranges of channels, no large biases before a ReLU.
+
+    Attributes:
+        passes: over all pairs of layers, at most.
+        replace_relu6: put ReLU in the place of clipped ones first, whose channels cannot be rescaled; this
+            alone changes what the network computes.
+        absorb: move biases into the next layer as far as channels exceed them by `absorb_deviations`.
+        absorb_deviations: see `absorb`.
+    """
+
+    passes: int = 50
+    replace_relu6: bool = True
+    absorb: bool = True
+    absorb_deviations: float = 3.0
+
+    def __post_init__(self) -> None:
+        _at_least(1, equalization_passes=self.passes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasCorrection:
+    """Take what rounding adds to the mean of a layer's output from its bias, from BatchNorm statistics."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reconstruction:
     """Learn rounding and step sizes, unit by unit, against the teacher's outputs.
 
@@ -106,7 +148,7 @@ class Reconstruction:
                 raise UsageError(f"reconstruction.{name} must be between 0 and 1, got {getattr(self, name)}.")
 
 
-Source = Synthesis | TextToImage | GaussianNoise | GivenImages
+Source = Synthesis | PixelSynthesis | TextToImage | GaussianNoise | GivenImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +159,9 @@ class Recipe:
         name: as on the command line.
         paper: title and where to find it.
         fold_batch_norm: fold BatchNorm into the layer before it, on the student's copy, where it can be.
+        equalization: rewrites of its weights; None leaves them.
         scheme: bits and their placement; `--bits` and `--ends` replace it.
+        bias_correction: of the quantized layers; None leaves their biases.
         synthesis: where the images come from.
         refinement: how synthetic images are moved afterwards; None leaves them. At 8 bits they stay.
         filter: which of the images are kept; None keeps all.
@@ -129,19 +173,22 @@ class Recipe:
     name: str
     paper: str
     fold_batch_norm: bool = False
+    equalization: Equalization | None = None
     scheme: Scheme = field(default_factory=Scheme)
+    bias_correction: BiasCorrection | None = None
     synthesis: Source = field(default_factory=Synthesis)
     refinement: Refinement | None = None
     filter: Filter | None = None
     num_holdout: int = 32
-    calibration: Calibration = field(default_factory=Calibration)
+    calibration: Calibration | StatisticalRanges = field(default_factory=Calibration)
     reconstruction: Reconstruction | None = field(default_factory=Reconstruction)
 
 
 def with_overrides(recipe: Recipe, overrides: typing.Mapping[str, str | int | float | bool | None]) -> Recipe:
     """Replace fields by dotted name, e.g. {"synthesis.steps": 500}; texts are read as the field's type.
 
-    A stage that the recipe does not use is put in with its defaults by "on", e.g. {"filter": "on"}.
+    A stage that the recipe does not use is put in with its defaults by "on", e.g. {"filter": "on"}; "none"
+    takes an optional stage out.
 
     Raises:
         UsageError: an unknown field, or a value that the field cannot take.
@@ -154,7 +201,7 @@ def with_overrides(recipe: Recipe, overrides: typing.Mapping[str, str | int | fl
 def describe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as nested dictionaries that JSON can hold; a stage's kind is under "kind".
 
-    Optional stages that a recipe does not have (refinement, filter) are left out.
+    Optional stages that a recipe does not have (refinement, filter ...) are left out.
     """
 
     def plain(value: Any) -> Any:
@@ -190,7 +237,10 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 def _replace(target: T, path: list[str], value: Any, name: str) -> T:
     known = {f.name: f for f in fields(target)}  # type: ignore[arg-type]
     head, *rest = path
-    if head not in known or (not rest and is_dataclass(getattr(target, head))):
+    hint = typing.get_type_hints(type(target)).get(head)
+    whole = head in known and not rest and is_dataclass(getattr(target, head))
+    switched = type(None) in typing.get_args(hint) and value in (None, "none", "on")
+    if head not in known or (whole and not switched):
         raise UsageError(
             f"There is no setting {name!r}; at this place there are: {', '.join(sorted(known))}. "
             "`zsq show RECIPE` lists all of them."
@@ -202,8 +252,10 @@ def _replace(target: T, path: list[str], value: Any, name: str) -> T:
         if not is_dataclass(current):
             raise UsageError(f"There is no setting {name!r}: {head!r} is a single value, {current!r}.")
         new: Any = _replace(current, rest, value, name)
+    elif whole and value == "on":
+        return target  # it is
     else:
-        new = _convert(value, typing.get_type_hints(type(target))[head], name)
+        new = _convert(value, hint, name)
     return replace(target, **{head: new})  # type: ignore[type-var]
 
 

@@ -10,17 +10,19 @@ from torch import Tensor, fx
 
 from zsq.account import Account
 from zsq.errors import UsageError
+from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
+from zsq.images.pixels import synthesize_pixels
 from zsq.images.prior import input_prior
 from zsq.images.prompts import TextToImage
 from zsq.images.settings import Synthesis
-from zsq.images.synthesize import batch_name, batch_sizes, is_complete, synthesize
+from zsq.images.synthesize import batch_names, batch_sizes, is_complete, synthesize
 from zsq.models import ModelSpec, Teacher
 from zsq.progress import Progress
 from zsq.recipe import GaussianNoise, GivenImages, Recipe
 from zsq.rng import derived_seed, rng_for
 from zsq.run import State
 from zsq.student_images import Networks, kept_images, refined_images, refines
-from zsq.text_images import prompt_records, prompts_of, text_images
+from zsq.text_images import prompt_records, prompts_of, text_images, text_names
 
 logger = logging.getLogger(__name__)
 Batches = MutableMapping[str, dict[str, Tensor]]
@@ -32,19 +34,19 @@ class ImageSet:
 
     Attributes:
         images: (N, C, H, W), normalised.
-        classes: (N,) int64, on the CPU: what each was made for; None if that is not one class each.
+        labels: (N,) int64, on the CPU: the class that each was made for; None if that is not one each.
         prompts: of each image, see `zsq.images.prompts.Prompt`; empty if they did not come from text.
     """
 
     images: Tensor
-    classes: Tensor | None = None
+    labels: Tensor | None = None
     prompts: Sequence[dict[str, Any]] = ()
 
     def only(self, index: Tensor) -> "ImageSet":
         """Those at some positions, an index on the CPU."""
-        classes = None if self.classes is None else self.classes[index]
+        labels = None if self.labels is None else self.labels[index]
         prompts = [self.prompts[k] for k in index.tolist()] if self.prompts else []
-        return ImageSet(self.images[index.to(self.images.device)], classes, prompts)
+        return ImageSet(self.images[index.to(self.images.device)], labels, prompts)
 
 
 def make_images(
@@ -87,11 +89,14 @@ def make_images(
         images = text_images(prompts, teacher, source, seed, device, state, account)
         records = prompt_records(prompts, state)
         single = source.classes_per_prompt == 1 and source.mixing in ("prompt", "embeddings")
-        classes = torch.tensor([record["classes"][0] for record in records]) if single else None
-        return ImageSet(images.to(device), classes, records)
-    keep = keep_sources or refines(settings)
+        labels = torch.tensor([record["classes"][0] for record in records]) if single else None
+        return ImageSet(images.to(device), labels, records)
+    keep = isinstance(source, Synthesis) and (keep_sources or refines(settings))
     images = _synthesize(graph, source, teacher.spec, seed, state, account, keep_sources=keep)
-    return ImageSet(images.to(device))
+    labels = None
+    if isinstance(source, PixelSynthesis) and source.classes is not None:
+        labels = torch.cat([state[name]["labels"] for name in batch_names(source)])
+    return ImageSet(images.to(device), labels)
 
 
 def shape_images(
@@ -110,25 +115,25 @@ def shape_images(
             made = replace(made, images=images)
     if settings.filter is not None:
         with account.timed("filter"):
-            made = made.only(kept_images(networks, made.images, settings, seed, classes=made.classes))
+            made = made.only(kept_images(networks, made.images, settings, seed, labels=made.labels))
     return made
 
 
-def batch_names(settings: Recipe) -> list[str]:
-    """Names of the batches of synthesis."""
+def made_names(settings: Recipe) -> list[str]:
+    """Names of the batches of synthesis; none if the recipe's images come from elsewhere."""
     source = settings.synthesis
-    if not isinstance(source, Synthesis):
-        return []
-    return [batch_name(k) for k in range(len(batch_sizes(source.num_images, source.batch_size)))]
+    if isinstance(source, TextToImage):
+        return text_names(source)
+    return batch_names(source) if isinstance(source, MadeInBatches) else []
 
 
 def check_made(made: Batches, settings: Recipe, spec: ModelSpec) -> None:
     """Refuse batches that are not those of this recipe's synthesis."""
     source = settings.synthesis
-    if not made or not isinstance(source, Synthesis):
+    if not made or not isinstance(source, MadeInBatches):
         return
     sizes = batch_sizes(source.num_images, source.batch_size)
-    expected = {name: (n, *spec.input_size) for name, n in zip(batch_names(settings), sizes, strict=True)}
+    expected = {name: (n, *spec.input_size) for name, n in zip(batch_names(source), sizes, strict=True)}
     got = {name: tuple(piece["images"].shape) for name, piece in made.items()}
     if got != expected:
         raise UsageError(f"The images made before have the shapes {got}, expected {expected}.")
@@ -136,7 +141,7 @@ def check_made(made: Batches, settings: Recipe, spec: ModelSpec) -> None:
 
 def _synthesize(
     graph: fx.GraphModule,
-    settings: Synthesis,
+    settings: MadeInBatches,
     spec: ModelSpec,
     seed: int,
     state: State,
@@ -145,8 +150,7 @@ def _synthesize(
     stage: str = "synthesize",
     keep_sources: bool = False,
 ) -> Tensor:
-    sizes = batch_sizes(settings.num_images, settings.batch_size)
-    names = [batch_name(index) for index in range(len(sizes))]
+    names = batch_names(settings)
     size = account.group.size
     missing = [i for i, name in enumerate(names) if not is_complete(state.get(name), keep_sources)]
     if stage == "synthesize" and len(missing) % size:
@@ -161,33 +165,31 @@ def _synthesize(
         )
 
     def report(index: int, steps: int, values: dict[str, float], *, resumed: bool = False) -> None:
-        item, total = f"batch {index + 1} of {len(sizes)}", len(sizes) * settings.steps
+        item, total = f"batch {index + 1} of {len(names)}", len(names) * settings.steps
         account(Progress(stage, item, index * settings.steps + steps, total, values, resumed))
 
-    def log(batch: str, step: int, _: int, values: dict[str, float]) -> None:
+    def log(batch: str, step: int, steps: int, values: dict[str, float]) -> None:
+        if batch not in names:  # centres, of which the images of classes take targets
+            account(Progress("centres", batch, step + 1, steps, values))
+            return
         index = names.index(batch)
         if size > 1:  # the other processes are about as far with theirs
             before = missing.index(index) // size * size
             together = min(size, len(missing) - before)
             done = (len(names) - len(missing) + before) * settings.steps + (step + 1) * together
-            item = f"batch {index + 1} of {len(sizes)}, {together} at once"
-            account(Progress(stage, item, done, len(sizes) * settings.steps, values))
+            item = f"batch {index + 1} of {len(names)}, {together} at once"
+            account(Progress(stage, item, done, len(names) * settings.steps, values))
         else:
             report(index, step + 1, values)
 
     for index, name in enumerate(names):
         if is_complete(state.get(name), keep_sources):
             report(index, settings.steps, {}, resumed=True)
+    shared: Any = {"seed": seed, "finished": state, "log": log, "prior": input_prior(spec)}
+    if isinstance(settings, PixelSynthesis):
+        return synthesize_pixels(graph, settings, spec.input_size, **shared, group=account.group)
     return synthesize(
-        graph,
-        settings,
-        spec.input_size,
-        seed=seed,
-        finished=state,
-        log=log,
-        prior=input_prior(spec),
-        group=account.group,
-        keep_sources=keep_sources,
+        graph, settings, spec.input_size, **shared, group=account.group, keep_sources=keep_sources
     )
 
 
@@ -196,10 +198,12 @@ def make_holdout(
 ) -> Tensor | None:
     """Images of a batch of their own, which nothing is calibrated on; None if the recipe makes no images."""
     source = settings.synthesis
-    if not isinstance(source, Synthesis) or settings.num_holdout < 2:
+    if not isinstance(source, MadeInBatches) or settings.num_holdout < 2:
         return None
     if "holdout" not in state:
-        alone = replace(source, num_images=settings.num_holdout)
+        alone: MadeInBatches = replace(source, num_images=settings.num_holdout)
+        if isinstance(alone, PixelSynthesis):  # centres take longer than these few images
+            alone = replace(alone, centres=None)
         own_seed = derived_seed(seed, "holdout")
         state["holdout"] = {
             "images": _synthesize(graph, alone, teacher.spec, own_seed, {}, account, stage="holdout")

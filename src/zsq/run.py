@@ -139,6 +139,7 @@ class Run:
         images: the synthetic images as the optimiser saw them, (N, C, H, W), normalised.
         metrics: logged steps.
         spec: how images must be prepared.
+        labels: the classes that the images were asked for, (N,), int64; None if for none.
         prompts: of each image, in order, if they came from text; see `zsq.images.prompts.Prompt`.
     """
 
@@ -147,6 +148,7 @@ class Run:
     images: Tensor
     spec: ModelSpec
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    labels: Tensor | None = None
     prompts: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
@@ -164,17 +166,22 @@ class Run:
     def write(self, folder: Path) -> None:
         """Write all files; the record comes last, so that a folder with a finished record is complete."""
         write_atomic(folder / STUDENT, student_to_bytes(self.student))
-        write_images(folder, self.images, self.spec, self.prompts)
+        write_images(folder, self.images, self.spec, self.labels, self.prompts)
         write_atomic(folder / METRICS, _json_lines(self.metrics))
         write_record(folder, self.record)
 
 
 def write_images(
-    folder: Path, images: Tensor, spec: ModelSpec, prompts: Sequence[dict[str, Any]] = ()
+    folder: Path,
+    images: Tensor,
+    spec: ModelSpec,
+    labels: Tensor | None = None,
+    prompts: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write images.safetensors, the contact sheet images.png and, if there are prompts, prompts.jsonl."""
-    content = {"images": images.detach().cpu().contiguous().clone()}
-    write_atomic(folder / IMAGES, save_safetensors(content, {"spec": json.dumps(asdict(spec))}))
+    """Write images.safetensors (with `labels` if there are any), the contact sheet and any prompts."""
+    tensors = {"images": images, **({} if labels is None else {"labels": labels})}
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    write_atomic(folder / IMAGES, save_safetensors(plain, {"spec": json.dumps(asdict(spec))}))
     picture = io.BytesIO()
     contact_sheet(images, spec).save(picture, format="PNG")
     write_atomic(folder / SHEET, picture.getvalue())
@@ -221,12 +228,13 @@ def load_run(path: str | Path) -> Run:
         )
     try:
         spec = spec_from_json(record["model"]["spec"])
-        images = load_safetensors((folder / IMAGES).read_bytes())["images"]
+        tensors = load_safetensors((folder / IMAGES).read_bytes())
+        images, labels = tensors["images"], tensors.get("labels")
         metrics = _read_json_lines(folder / METRICS)
         prompts = _read_json_lines(folder / PROMPTS) if (folder / PROMPTS).exists() else []
     except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise UsageError(f"The run folder {folder} is incomplete or damaged: {error}.") from error
-    return Run(student_from_file(folder / STUDENT), record, images, spec, metrics, prompts)
+    return Run(student_from_file(folder / STUDENT), record, images, spec, metrics, labels, prompts)
 
 
 def is_run_folder(path: str | Path) -> bool:

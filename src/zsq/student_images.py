@@ -10,12 +10,11 @@ from torch import Tensor, fx
 
 from zsq.errors import UsageError
 from zsq.graph.blocks import Unit, split
-from zsq.graph.fold import fold_batch_norms
 from zsq.graph.tensors import device_of
 from zsq.images.filters import cover, least_sensitive, lowest
 from zsq.images.forward import observe
 from zsq.images.gradients import Probe, gradient_probe
-from zsq.images.prior import input_prior
+from zsq.images.prior import STANDARD, InputPrior, input_prior
 from zsq.images.refine import refine, refined_name
 from zsq.images.scores import (
     energy,
@@ -26,7 +25,7 @@ from zsq.images.scores import (
     patch_nodes,
 )
 from zsq.images.settings import Filter, Refinement, Scope, Synthesis
-from zsq.images.synthesize import Batch, batch_from_piece, batch_name, batch_sizes
+from zsq.images.synthesize import Batch, batch_from_piece, batch_names
 from zsq.models import ModelSpec
 from zsq.progress import Callback, Progress
 from zsq.quant.attach import Quantizers, attach
@@ -34,6 +33,7 @@ from zsq.recipe import Recipe, Reconstruction
 from zsq.recover.reconstruct import reconstruct, unit_name
 from zsq.rng import derived_seed, rng_for
 from zsq.run import Prefixed, State
+from zsq.without_images import rewritten, settle_by_statistics
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Networks:
 
     Attributes:
         graph: captured teacher with its BatchNorm layers.
-        original: the same, folded if the recipe folds.
-        student: attached to `original`, nothing calibrated yet.
+        original: the same, folded and rewritten as the recipe says.
+        student: attached to `original`; ranges are set only if they come from statistics.
         quantizers: of the student.
         units: of `original`.
     """
@@ -55,10 +55,20 @@ class Networks:
     units: tuple[Unit, ...]
 
 
-def attached(graph: fx.GraphModule, settings: Recipe) -> Networks:
-    """Fold as the recipe says, split, attach quantizers."""
-    original = fold_batch_norms(graph)[0] if settings.fold_batch_norm else graph
+def attached(graph: fx.GraphModule, settings: Recipe, prior: InputPrior = STANDARD) -> Networks:
+    """Fold and rewrite as the recipe says, split, attach quantizers, do what needs statistics but no images.
+
+    Args:
+        graph: captured teacher with its BatchNorm layers.
+        settings: the recipe.
+        prior: of the images.
+
+    Raises:
+        UsageError: the recipe needs statistics that the model does not have.
+    """
+    original, known = rewritten(graph, settings)
     student, quantizers = attach(original, settings.scheme)
+    settle_by_statistics(original, known, student, quantizers, settings, prior)
     return Networks(graph, original, student, quantizers, split(original.graph))
 
 
@@ -97,7 +107,8 @@ def refined_images(
     student = _short_student(networks, images, settings, refinement, seed, state, report)
     probe = _probe(networks, student, refinement.gradients)
     device = device_of(networks.graph)
-    names = [batch_name(k) for k in range(len(batch_sizes(source.num_images, source.batch_size)))]
+    names = batch_names(source)
+    refined_names = [refined_name(k) for k in range(len(names))]
 
     def batch(name: str) -> Batch:
         return batch_from_piece(batches[name], device)
@@ -107,10 +118,10 @@ def refined_images(
         report(Progress("refine", item, index * refinement.steps + steps, total, values, resumed))
 
     def log(name: str, step: int, values: dict[str, float]) -> None:
-        event([refined_name(k) for k in range(len(names))].index(name), step + 1, values)
+        event(refined_names.index(name), step + 1, values)
 
-    for index in range(len(names)):
-        if refined_name(index) in state:
+    for index, name in enumerate(refined_names):
+        if name in state:
             event(index, refinement.steps, {}, resumed=True)
     refined = refine(
         networks.graph,
@@ -127,7 +138,7 @@ def refined_images(
 
 
 def kept_images(
-    networks: Networks, images: Tensor, settings: Recipe, seed: int, *, classes: Tensor | None = None
+    networks: Networks, images: Tensor, settings: Recipe, seed: int, *, labels: Tensor | None = None
 ) -> Tensor:
     """Which images the recipe's filters keep: their indices, in increasing order.
 
@@ -136,13 +147,13 @@ def kept_images(
         images: (N, C, H, W), normalised, on the device to compute on.
         settings: a recipe with a filter.
         seed: of the run.
-        classes: (N,) int64, what each image was made or chosen for; None if that is not known.
+        labels: (N,) int64, the class that each image was made for; None if that is not known.
     """
     kept = torch.arange(len(images))
     for chosen in filters_of(settings):
         if chosen.keep < len(kept):
             of_these = images[kept.to(images.device)]
-            groups = classes[kept] if classes is not None and chosen.balanced else torch.zeros_like(kept)
+            groups = labels[kept] if labels is not None and chosen.balanced else torch.zeros_like(kept)
             index = _kept(networks, of_these, groups.to(images.device), settings, chosen, seed)
             kept = kept[index.sort().values.cpu()]
     return kept

@@ -115,7 +115,7 @@ def text_images(
         JobError: it fails, or every picture was blanked.
     """
     batches = [prompts[k : k + settings.batch_size] for k in range(0, len(prompts), settings.batch_size)]
-    names = [f"text-{index:05d}" for index in range(len(batches))]
+    names = text_names(settings)
     made = sum(len(batch) for name, batch in zip(names, batches, strict=True) if name in state)
     if made:
         account(Progress("synthesize", f"{made} pictures", made, len(prompts), {}, True))
@@ -159,6 +159,11 @@ def text_images(
             "%d pictures were blanked by the safety checker and are left out.", len(prompts) - total
         )
     return mixed(torch.cat([piece["images"] for piece in found if len(piece["index"])]), settings, seed)
+
+
+def text_names(settings: TextToImage) -> list[str]:
+    """Names of the finished batches of pictures in a run's state."""
+    return [f"text-{index:05d}" for index in range(-(-settings.num_images // settings.batch_size))]
 
 
 def prompt_records(prompts: list[Prompt], state: State) -> list[dict[str, Any]]:

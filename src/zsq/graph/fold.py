@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from zsq.graph.capture import LAYERS, aten, weight_node
-from zsq.graph.tensors import get_tensor
+from zsq.graph.tensors import get_tensor, make_submodule
 
 BATCH_NORM = aten.batch_norm.default
 
@@ -120,8 +120,8 @@ def fold_into(module: fx.GraphModule, layer: fx.Node, norm: fx.Node) -> None:
     if leaf != "weight" or not _readers(module.graph, bias_name) <= {layer}:
         bias_name = f"{name}_bias"
     with module.graph.inserting_before(layer):
-        new_weight = _store(module, name, _scaled(kernel, factor, layer))
-        new_bias = _store(module, bias_name, shifted if beta is None else shifted + beta)
+        new_weight = store(module, name, _scaled(kernel, factor, layer))
+        new_bias = store(module, bias_name, shifted if beta is None else shifted + beta)
     new_weight.meta = dict(weight.meta)
     args: list[Any] = list(layer.args)
     args[1:3] = [new_weight, new_bias]
@@ -144,10 +144,19 @@ def _readers(graph: fx.Graph, name: str) -> set[fx.Node]:
     return {user for n in graph.nodes if n.op == "get_attr" and n.target == name for user in n.users}
 
 
-def _store(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
-    """Put a parameter at a dotted name of the copy (whose module tree is its own) and read it."""
+def store(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    """Put a parameter at a dotted name of a copy, whose module tree is its own, and read it.
+
+    Args:
+        module: a graph module that was made from another one; the tensors of that stay as they are.
+        name: where; a tensor that is there is replaced, for all its readers.
+        value: becomes a parameter without gradient.
+
+    Returns:
+        A new node that reads it, at the graph's insertion point.
+    """
     owner, _, leaf = name.rpartition(".")
-    holder = module.get_submodule(owner)
+    holder = make_submodule(module, owner)
     holder._buffers.pop(leaf, None)
     holder.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
     return module.graph.get_attr(name)

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 
 from zsq.errors import UsageError
+from zsq.graph.capture import weight_node
 from zsq.graph.fold import BATCH_NORM, fold_into, foldable
 from zsq.graph.tensors import get_tensor
 
@@ -60,11 +61,13 @@ class ForwardPass:
         images: (N, C, H, W), normalised as the teacher expects them, float32.
         norms: inputs of the BatchNorm layers, in order of the graph; a layer that runs twice is there twice.
         logits: what the teacher returns; None if no loss asked for it.
+        embedding: what its last layer receives, (N, ...); None if no loss asked for it.
     """
 
     images: Tensor
     norms: tuple[NormInput, ...]
     logits: Tensor | None
+    embedding: Tensor | None = None
 
 
 class Observer:
@@ -76,12 +79,12 @@ class Observer:
 
     def __call__(self, images: Tensor, *extra: object) -> ForwardPass:
         """Run the teacher on images (N, C, H, W); `extra` goes to the further placeholders of a view."""
-        features, logits = self._graph_module(images, *extra)
+        features, logits, embedding = self._graph_module(images, *extra)
         norms = tuple(
             NormInput(name, x, mean, var, eps, scale)
             for x, (name, mean, var, eps, scale) in zip(features, self._layers, strict=True)
         )
-        return ForwardPass(images=images, norms=norms, logits=logits)
+        return ForwardPass(images=images, norms=norms, logits=logits, embedding=embedding)
 
 
 def batch_norms(graph: fx.Graph) -> tuple[fx.Node, ...]:
@@ -89,7 +92,9 @@ def batch_norms(graph: fx.Graph) -> tuple[fx.Node, ...]:
     return tuple(node for node in graph.nodes if node.op == "call_function" and _has_statistics(node))
 
 
-def observe(graph_module: fx.GraphModule, *, logits: bool = False, fold: bool = False) -> Observer:
+def observe(
+    graph_module: fx.GraphModule, *, logits: bool = False, embedding: bool = False, fold: bool = False
+) -> Observer:
     """A copy of the captured network that returns what its BatchNorm layers receive.
 
     What no loss looks at is not computed: without `logits` the copy ends before the last BatchNorm. Gradients
@@ -103,6 +108,8 @@ def observe(graph_module: fx.GraphModule, *, logits: bool = False, fold: bool = 
     Args:
         graph_module: from `capture`, or a view of it (`swing`); left as it is.
         logits: whether `ForwardPass.logits` is wanted; the first output of the network.
+        embedding: whether `ForwardPass.embedding` is wanted: the input of the last layer with a weight on the
+            way to the first output.
         fold: as above; losses then are the same up to rounding.
 
     Raises:
@@ -121,7 +128,8 @@ def observe(graph_module: fx.GraphModule, *, logits: bool = False, fold: bool = 
     result = graph.graph_copy(graph_module.graph, copies)
     first: Any = result[0] if isinstance(result, (tuple, list)) else result
     features = tuple(copies[_node(node, 0)] for node in norms)
-    returned = graph.output((features, first if logits else None))
+    last = _node(_last_layer(first), 0) if embedding else None
+    returned = graph.output((features, first if logits else None, last))
     graph.eliminate_dead_code()
     module = fx.GraphModule(graph_module, graph, "Observed")
     layers = [_layer(graph_module, node) for node in norms]
@@ -236,6 +244,19 @@ class _FrozenBatchNorm(torch.autograd.Function):
         # The kernel of BatchNorm scales channels in one pass, in any layout and with float32 factors.
         scaled = torch.batch_norm(grad, scale, None, zero, one, False, 0.0, 0.0, False)
         return scaled, None, None, None, None, None
+
+
+def _last_layer(output: fx.Node) -> fx.Node:
+    """The layer with a weight that is the nearest before a node; the node itself if there is none."""
+    pending, seen = [output], {output}
+    while pending:
+        node = pending.pop(0)
+        if weight_node(node) is not None:
+            return node
+        before = [n for n in node.all_input_nodes if n not in seen]
+        pending.extend(before)
+        seen.update(before)
+    return output
 
 
 def _node(node: fx.Node, position: int) -> fx.Node:

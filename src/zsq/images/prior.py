@@ -30,6 +30,10 @@ class InputPrior:
         """Whether all channels have mean 0 and deviation 1."""
         return not self.mean
 
+    def of(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of each of so many channels."""
+        return self.mean or (0.0,) * channels, self.std or (1.0,) * channels
+
     def apply(self, standard: Tensor) -> Tensor:
         """Images (N, C, H, W) of mean 0 and deviation 1 brought to this mean and deviation."""
         if self.is_standard:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, MutableMapping
 import torch
 from torch import Tensor, fx
 
-from zsq.errors import JobError
 from zsq.graph.tensors import device_of
 from zsq.images.forward import Observer, observe
 from zsq.images.gradients import (
@@ -22,8 +21,9 @@ from zsq.images.gradients import (
 )
 from zsq.images.losses import BatchNormStatistics, InputStatistics
 from zsq.images.prior import STANDARD, InputPrior
+from zsq.images.schedules import LOGS_A_BATCH, check_finite, latent_optimizer
 from zsq.images.settings import Refinement, Synthesis
-from zsq.images.synthesize import LOGS_A_BATCH, Batch, Plateau
+from zsq.images.synthesize import Batch
 from zsq.rng import rng_for
 
 START = 0.1  # length of the random start of a neighbour search, relative to the radius
@@ -132,14 +132,7 @@ def refine_batch(
     device, prior = latents.device, prior or STANDARD
     generator = copy.deepcopy(batch.generator).requires_grad_(True)
     parameters = [latents, *generator.parameters()]
-    plateau = Plateau(settings.lr_latent, settings, patience=settings.plateau_patience, device=device)
-    optimizer = torch.optim.Adam(
-        [
-            {"params": parameters[:1], "lr": plateau.lr},  # read anew in every step
-            {"params": parameters[1:], "lr": settings.lr_generator},
-        ],
-        fused=True,
-    )
+    optimizer, plateau = latent_optimizer(latents, generator, settings, patience=settings.plateau_patience)
     bn_statistics, input_statistics = BatchNormStatistics(), InputStatistics(prior)
     reduced = synthesis.precision == "bfloat16"
 
@@ -182,12 +175,11 @@ def refine_batch(
     with torch.no_grad():
         images = images_at(latents)
         found = directions(probe(images, None))
-    if not images.isfinite().all():
-        raise JobError(
-            "The refinement of images diverged: some pixels are not finite. Try a smaller "
-            f"refinement.lr_latent (now {settings.lr_latent}) or refinement.lr_generator (now "
-            f"{settings.lr_generator})."
-        )
+    advice = (
+        f"Try a smaller refinement.lr_latent (now {settings.lr_latent}) or refinement.lr_generator (now "
+        f"{settings.lr_generator})."
+    )
+    check_finite(images, "refinement", advice)
     return images.contiguous(), found
 
 

@@ -64,9 +64,7 @@ class Synthesis:
                     f"synthesis.{name} is {getattr(self, name)}. Expected at least 2: the joint "
                     "statistics of the images of a batch are what is optimised."
                 )
-        for name in ("steps", "latent_size", "generator_decay_interval"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"synthesis.{name} is {getattr(self, name)}. Expected at least 1.")
+        at_least(1, "synthesis", self, ("steps", "latent_size", "generator_decay_interval"))
         if not 0 <= self.cooldown <= 1:
             raise UsageError(f"synthesis.cooldown is {self.cooldown}. Expected a share of the steps, 0 to 1.")
         if self.converged >= 1 or self.reuse_steps < 0:
@@ -74,12 +72,8 @@ class Synthesis:
                 f"synthesis.converged is {self.converged} and synthesis.reuse_steps {self.reuse_steps}. "
                 "Expected a share below 1 and a number of steps."
             )
-        if not 0 < self.plateau_factor < 1:
-            raise UsageError(
-                f"synthesis.plateau_factor is {self.plateau_factor}. Expected a number between 0 and 1."
-            )
-        if self.precision not in ("float32", "bfloat16"):
-            raise UsageError(f"synthesis.precision is {self.precision!r}. Expected float32 or bfloat16.")
+        plateau_factor("synthesis", self.plateau_factor)
+        one_of("synthesis.precision", self.precision, ("float32", "bfloat16"))
 
 
 Scope = Literal["last_layer", "last_unit", "all_units"]
@@ -137,18 +131,13 @@ class Refinement:
     bank_size: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("warmup_steps", "steps", "generator_decay_interval", "neighbour_steps"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"refinement.{name} is {getattr(self, name)}. Expected at least 1.")
-        for name in ("bn_weight", "match_weight", "diversity_weight", "radius", "bank_size"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"refinement.{name} is {getattr(self, name)}. Expected at least 0.")
-        if not 0 < self.plateau_factor < 1:
-            raise UsageError(
-                f"refinement.plateau_factor is {self.plateau_factor}. Expected a number between 0 and 1."
-            )
-        _one_of("refinement.neighbour", self.neighbour, ("searched", "published"))
-        _one_of("refinement.gradients", self.gradients, get_args(Scope))
+        counts = ("warmup_steps", "steps", "generator_decay_interval", "neighbour_steps")
+        at_least(1, "refinement", self, counts)
+        weights = ("bn_weight", "match_weight", "diversity_weight", "radius", "bank_size")
+        at_least(0, "refinement", self, weights)
+        plateau_factor("refinement", self.plateau_factor)
+        one_of("refinement.neighbour", self.neighbour, ("searched", "published"))
+        one_of("refinement.gradients", self.gradients, get_args(Scope))
 
 
 FilterMethod = Literal["gradient_cover", "energy", "bn_sensitivity", "patch_entropy", "random"]
@@ -180,10 +169,36 @@ class Filter:
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise UsageError(f"filter.keep is {self.keep}. Expected at least 1.")
-        _one_of("filter.method", self.method, get_args(FilterMethod))
-        _one_of("filter.gradients", self.gradients, get_args(Scope))
+        one_of("filter.method", self.method, get_args(FilterMethod))
+        one_of("filter.gradients", self.gradients, get_args(Scope))
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Check a setting that is one of several texts.
+
+    Raises:
+        UsageError: it is none of them.
+    """
     if value not in allowed:
         raise UsageError(f"{name} is {value!r}. Expected {', '.join(allowed[:-1])} or {allowed[-1]}.")
+
+
+def at_least(lowest: int, stage: str, settings: object, names: tuple[str, ...]) -> None:
+    """Check numbers of a stage's settings against a lowest value.
+
+    Raises:
+        UsageError: one is below it, or not a number.
+    """
+    for name in names:
+        if not getattr(settings, name) >= lowest:
+            raise UsageError(f"{stage}.{name} is {getattr(settings, name)}. Expected at least {lowest}.")
+
+
+def plateau_factor(stage: str, factor: float) -> None:
+    """Check the factor by which a learning rate falls.
+
+    Raises:
+        UsageError: it is not between 0 and 1.
+    """
+    if not 0 < factor < 1:
+        raise UsageError(f"{stage}.plateau_factor is {factor}. Expected a number between 0 and 1.")

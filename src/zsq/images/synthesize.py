@@ -10,22 +10,27 @@ import torch
 from torch import Tensor, fx
 
 from zsq.distributed import ALONE, Group, spread
-from zsq.errors import JobError
 from zsq.graph.tensors import device_of
 from zsq.images.forward import observe
 from zsq.images.losses import BatchNormStatistics, InputStatistics
+from zsq.images.pixel_settings import MadeInBatches
 from zsq.images.prior import STANDARD, InputPrior
-from zsq.images.settings import Refinement, Synthesis
+from zsq.images.schedules import (
+    LOGS_A_BATCH,
+    Convergence,
+    check_finite,
+    cooling,
+    latent_optimizer,
+    schedule,
+)
+from zsq.images.settings import Synthesis
 from zsq.images.sources import LatentGenerator
 from zsq.images.views import draw_shifts, swing
 from zsq.out_of_memory import no_room
 from zsq.rng import rng_for
 
-LOGS_A_BATCH = 20
-WINDOW = 50  # steps over which the loss is averaged to see whether it still falls
 SMALLEST_BATCH = 8  # statistics of fewer images are too noisy to match
 GENERATOR = "generator."  # before the names of a kept generator's parameters
-PLATEAU_THRESHOLD = 1e-4  # relative fall of the loss that counts as progress
 
 Finished = MutableMapping[str, dict[str, Tensor]]
 Log = Callable[[str, int, int, dict[str, float]], None]
@@ -86,7 +91,7 @@ def synthesize(
         JobError: the optimisation diverged.
     """
     sizes = batch_sizes(settings.num_images, settings.batch_size)
-    names = [batch_name(index) for index in range(len(sizes))]
+    names = batch_names(settings)
 
     advice = (  # not halved in silence: a batch's joint statistics are what is optimised
         f"Lower synthesis.batch_size (now {settings.batch_size}) or take synthesis.precision=bfloat16 (now "
@@ -105,7 +110,7 @@ def synthesize(
                 rng=rng_for(seed, "synthesis", index),
                 log=partial(_log_batch, log, names[index], own.steps),
                 prior=prior,
-                start=_trained(finished[names[0]]) if follows else None,
+                start=_generator_state(finished[names[0]]) if follows else None,
             )
         return piece_of(batch, keep_source=keep_sources or (settings.reuse_steps > 0 and index == 0))
 
@@ -135,10 +140,13 @@ def batch_from_piece(piece: Mapping[str, Tensor], device: torch.device) -> Batch
     latents = piece["latents"].to(device)
     size: Any = tuple(piece["images"].shape[1:])
     generator = LatentGenerator(size, latent_size=latents.shape[1], rng=torch.Generator())
-    generator.load_state_dict(
-        {n.removeprefix(GENERATOR): t for n, t in piece.items() if n.startswith(GENERATOR)}
-    )
+    generator.load_state_dict(_generator_state(piece))
     return Batch(piece["images"].to(device), latents, generator.to(device).requires_grad_(False))
+
+
+def _generator_state(piece: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of the generator that a finished batch kept."""
+    return {k.removeprefix(GENERATOR): v for k, v in piece.items() if k.startswith(GENERATOR)}
 
 
 def synthesize_batch(
@@ -186,14 +194,7 @@ def synthesize_batch(
     generator = generator.to(device)
     parameters = [latents, *generator.parameters()]
     patience, interval = schedule(settings)
-    plateau = Plateau(settings.lr_latent, settings, patience=patience, device=device)
-    optimizer = torch.optim.Adam(
-        [
-            {"params": parameters[:1], "lr": plateau.lr},  # read anew in every step
-            {"params": parameters[1:], "lr": settings.lr_generator},
-        ],
-        fused=True,
-    )
+    optimizer, plateau = latent_optimizer(latents, generator, settings, patience=patience)
     reduced = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
     log_every = math.ceil(settings.steps / LOGS_A_BATCH)
     still = [[0, 0]] * num_swinging
@@ -224,94 +225,22 @@ def synthesize_batch(
             break
     with torch.no_grad(), reduced:
         images = prior.apply(generator(latents))
-    if not images.isfinite().all():
-        raise JobError(
-            "The synthesis of images diverged: some pixels are not finite. Try a smaller synthesis.lr_latent "
-            f"(now {settings.lr_latent}) or synthesis.lr_generator (now {settings.lr_generator}), or "
-            f"synthesis.precision=float32 (now {settings.precision})."
-        )
+    advice = (
+        f"Try a smaller synthesis.lr_latent (now {settings.lr_latent}) or synthesis.lr_generator (now "
+        f"{settings.lr_generator}), or synthesis.precision=float32 (now {settings.precision})."
+    )
+    check_finite(images, "synthesis", advice)
     return Batch(images.contiguous(), latents.detach(), generator.requires_grad_(False))
 
 
-def _trained(finished: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of the generator that a finished batch kept."""
-    return {k.removeprefix(GENERATOR): v for k, v in finished.items() if k.startswith(GENERATOR)}
-
-
-def batch_name(index: int) -> str:
-    """Under which a batch is kept once it is finished."""
-    return f"synthesis-{index:03d}"
+def batch_names(settings: MadeInBatches) -> list[str]:
+    """Under which the batches are kept once they are finished, in order."""
+    count = len(batch_sizes(settings.num_images, settings.batch_size))
+    return [f"synthesis-{index:03d}" for index in range(count)]
 
 
 def _log_batch(log: Log, name: str, steps: int, step: int, values: dict[str, float]) -> None:
     log(name, step, steps, values)
-
-
-class Plateau:
-    """A learning rate that falls when the loss stops falling, kept on the device so that no step waits.
-
-    The rule of `torch.optim.lr_scheduler.ReduceLROnPlateau` (mode "min", relative threshold, no cooldown).
-
-    Attributes:
-        lr: the learning rate, a scalar tensor that `step` overwrites.
-    """
-
-    def __init__(
-        self, lr: float, settings: Synthesis | Refinement, *, patience: int, device: torch.device
-    ) -> None:
-        self._factor, self._min, self._patience = settings.plateau_factor, settings.lr_latent_min, patience
-        self.lr = torch.tensor(lr, device=device)
-        self._best = torch.tensor(torch.inf, device=device)
-        self._waited = torch.zeros((), device=device)
-
-    def step(self, loss: Tensor) -> None:
-        """Take notice of the loss (scalar, detached) of one optimizer step."""
-        better = loss < self._best * (1 - PLATEAU_THRESHOLD)
-        self._best = torch.where(better, loss, self._best)
-        self._waited = torch.where(better, 0.0, self._waited + 1)
-        reduce = self._waited > self._patience
-        lower = torch.minimum(self.lr, (self.lr * self._factor).clamp(min=self._min))
-        self.lr.copy_(torch.where(reduce, lower, self.lr))
-        self._waited = torch.where(reduce, 0.0, self._waited)
-
-
-class Convergence:
-    """Tells when a loss has stopped falling, by the mean of a window of steps and of the one before it.
-
-    Args:
-        share: by which the mean has to fall from window to window; 0 for any loss to count as falling.
-    """
-
-    def __init__(self, share: float) -> None:
-        self._share, self._sum, self._before = share, torch.zeros(()), math.inf
-
-    def reached(self, step: int, loss: Tensor) -> bool:
-        """Take notice of the loss (scalar, detached) of a step; waits for the device once a window."""
-        if self._share == 0:
-            return False
-        self._sum = self._sum.to(loss.device) + loss
-        if (step + 1) % WINDOW:
-            return False
-        mean = float(self._sum) / WINDOW
-        ended = mean >= self._before * (1 - self._share)
-        self._before, self._sum = mean, torch.zeros_like(self._sum)
-        return ended
-
-
-def cooling(step: int, settings: Synthesis) -> float:
-    """Factor of both learning rates at a step (0-based): 1, and from there linearly to 0 at `steps`."""
-    length = settings.cooldown * settings.steps
-    return min(1.0, (settings.steps - step) / length) if length else 1.0
-
-
-def schedule(settings: Synthesis) -> tuple[int, int]:
-    """Patience of the latents' learning rate and decay interval of the generator's, in steps.
-
-    As set, or in proportion to the steps if there are fewer than `schedule_steps`.
-    """
-    share = min(1.0, settings.steps / settings.schedule_steps) if settings.schedule_steps else 1.0
-    patience, interval = settings.plateau_patience, settings.generator_decay_interval
-    return max(1, round(patience * share)), max(1, round(interval * share))
 
 
 def batch_sizes(num_images: int, batch_size: int) -> tuple[int, ...]:

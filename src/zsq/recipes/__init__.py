@@ -3,15 +3,27 @@
 from zsq.errors import UsageError
 from zsq.recipe import Recipe
 from zsq.recipes.baselines import GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST
+from zsq.recipes.dfq import DFQ
 from zsq.recipes.genie import GENIE
 from zsq.recipes.genq import GENQ
 from zsq.recipes.mixup_class import MIXUP_CLASS
 from zsq.recipes.sadag import SADAG
+from zsq.recipes.zeroq import DSG, ZEROQ
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (GENIE, SADAG, GENQ, MIXUP_CLASS, GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST)
-}
+_ALL = (
+    GENIE,
+    SADAG,
+    ZEROQ,
+    DSG,
+    DFQ,
+    GENQ,
+    MIXUP_CLASS,
+    GIVEN,
+    GIVEN_NEAREST,
+    NOISE,
+    NOISE_NEAREST,
+)
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
 
 
 def get_recipe(name: str) -> Recipe:

@@ -22,7 +22,7 @@ from zsq.quant.calibrate import calibrate
 from zsq.quant.dropping import Rows, dropping, mix
 from zsq.quant.quantizers import ActivationQuantizer, LearnedRounding
 from zsq.quant.rounding import rounding_regulariser
-from zsq.recipe import Calibration, Reconstruction
+from zsq.recipe import Calibration, Reconstruction, StatisticalRanges
 from zsq.recover.losses import energies, output_distance, signal_to_noise
 from zsq.recover.storage import MEMORY, Storage
 from zsq.rng import rng_for
@@ -75,7 +75,7 @@ def reconstruct(
     images: Tensor,
     *,
     settings: Reconstruction | None,
-    calibration: Calibration,
+    calibration: Calibration | StatisticalRanges,
     seed: int,
     finished: Finished,
     log: Log,
@@ -91,7 +91,7 @@ def reconstruct(
         units: from `split`; each is calibrated on what the finished units before it give.
         images: (N, C, H, W), normalised.
         settings: None only calibrates.
-        calibration: first ranges of the activations.
+        calibration: first ranges of the activations; those from statistics are there already.
         seed: every unit has its own stream of it.
         finished: state dicts of finished units by name; those found there are taken over, others are added.
         log: called as log(unit name, step, steps, values).
@@ -129,9 +129,11 @@ def reconstruct(
         done = finished.get(key)
         owned = {name: q for name, q in _unit_quantizers(student_part, quantizers)}
         if done is None:
-            first = [x[: calibration.num_images].to(images.device) for x in student_inputs]
-            with no_room(f"Lower calibration.num_images (now {calibration.num_images}), or use --memory."):
-                calibrate(student_part, first, calibration, settled=settled)
+            if isinstance(calibration, Calibration):
+                first = [x[: calibration.num_images].to(images.device) for x in student_inputs]
+                advice = f"Lower calibration.num_images (now {calibration.num_images}), or use --memory."
+                with no_room(advice):
+                    calibrate(student_part, first, calibration, settled=settled)
             outputs = forward_in_chunks(student_part, student_inputs, storage)
             snr_nearest = _snr(targets, outputs, storage)
             if settings is not None:

@@ -1,0 +1,175 @@
+"""Losses of images that are to be of a class: functions of logits, labels and features."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from zsq.errors import UsageError
+from zsq.images.forward import ForwardPass
+from zsq.images.pixel_settings import ClassGuide
+
+
+def number_of_classes(graph_module: fx.GraphModule) -> int:
+    """K, from the shape (N, K) of what a captured network returns first.
+
+    Raises:
+        UsageError: it returns something else, or fewer than two classes.
+    """
+    output: Any = next(n for n in graph_module.graph.nodes if n.op == "output").args[0]
+    first = output[0] if isinstance(output, (tuple, list)) else output
+    shape = tuple(first.meta["val"].shape)
+    if len(shape) != 2 or not isinstance(shape[1], int) or shape[1] < 2:
+        text = ", ".join(("N", *map(str, shape[1:])))
+        raise UsageError(
+            f"This recipe asks for images of classes, but the model returns a tensor of shape ({text}). "
+            "Expected logits of shape (N, classes) with at least 2 classes. Take a recipe whose images have "
+            "no class (zeroq, genie), or give --set synthesis.classes=none."
+        )
+    return int(shape[1])
+
+
+def balanced_labels(num_images: int, num_classes: int, rng: torch.Generator) -> Tensor:
+    """Labels (N,), int64: all classes in turn, in one random order.
+
+    So every stretch of the list, hence every batch, has each class equally often (but for one), and with
+    fewer images than classes no class twice.
+
+    Args:
+        num_images: N.
+        num_classes: K.
+        rng: on the CPU; draws the order.
+    """
+    order = torch.randperm(num_classes, generator=rng)
+    return order.repeat(-(-num_images // num_classes))[:num_images]
+
+
+def hard_sample_loss(logits: Tensor, labels: Tensor, hardness: float) -> Tensor:
+    """Cross-entropy that counts an image by (1 - p)^g: mean over images of (1 - p)^g (-log p).
+
+    The factor is part of what is differentiated. log(1 - p) comes from the logits of the other classes, so
+    that the loss and its gradient are finite for every p; for p near 1 both go to 0.
+
+    Args:
+        logits: (N, K), K >= 2.
+        labels: (N,), int64; p is the softmax's probability of them.
+        hardness: g >= 0; 0 is the plain cross-entropy.
+
+    Returns:
+        Scalar >= 0, float32, nats.
+
+    Source: HAST (arXiv:2303.13826), hard sample synthesis, as in its code.
+    """
+    logits = logits.float()
+    total = logits.logsumexp(1)
+    own = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], True)
+    entropy = total - logits.gather(1, labels[:, None]).squeeze(1)
+    if hardness == 0:
+        return entropy.mean()
+    log_others = logits.masked_fill(own, -torch.inf).logsumexp(1) - total
+    return ((hardness * log_others).exp() * entropy).mean()
+
+
+def probability_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Mean over images of the squared distance between the probability of the label and its target.
+
+    Args:
+        logits: (N, K).
+        labels: (N,), int64.
+        targets: (N,), probabilities.
+
+    Returns:
+        Scalar >= 0, float32.
+
+    Source: soft inception loss, IntraQ (arXiv:2111.09136), as in its code.
+    """
+    probability = logits.float().softmax(1).gather(1, labels[:, None]).squeeze(1)
+    return (probability - targets).square().mean()
+
+
+def soft_targets(num_images: int, *, share: float, lowest: float, rng: torch.Generator) -> Tensor:
+    """Targets of `probability_loss`, (N,): 1, and for a random share of the images uniform in [lowest, 1].
+
+    Args:
+        num_images: N.
+        share: probability that an image's target is drawn.
+        lowest: smallest target.
+        rng: on the CPU.
+
+    Source: IntraQ (arXiv:2111.09136), as in its code.
+    """
+    drawn = lowest + (1 - lowest) * torch.rand(num_images, generator=rng)
+    return torch.where(torch.rand(num_images, generator=rng) < share, drawn, 1.0)
+
+
+def class_distance_loss(
+    features: Tensor, labels: Tensor, *, lowest: float, highest: float, num_classes: int
+) -> Tensor:
+    """Keeps images of a class neither too close to one another nor too far apart.
+
+    d is the cosine distance between an image's features and the mean of those of the other images of its
+    class (a constant); the loss is the mean of max(lowest - d, 0) + max(d - highest, 0) over the images that
+    are not alone in their class, 0 if all are.
+
+    Args:
+        features: (N, ...), what the classifier reads; flattened.
+        labels: (N,), int64.
+        lowest, highest: cosine distances, 0..2, that cost nothing.
+        num_classes: K.
+
+    Returns:
+        Scalar >= 0, float32.
+
+    Source: marginal distance constraint, IntraQ (arXiv:2111.09136). In its code the mean is that of the
+    images of earlier batches; here it is that of the same batch, so that batches need not wait for one
+    another.
+    """
+    features = features.float().flatten(1)
+    others = features.detach()
+    members = torch.zeros(len(labels), num_classes, device=labels.device)
+    members.scatter_(1, labels[:, None], 1.0)
+    rest = members.sum(0)[labels] - 1
+    means = ((members.t() @ others)[labels] - others) / rest.clamp(min=1)[:, None]
+    distance = 1 - torch.cosine_similarity(features, means, dim=1, eps=1e-6)
+    cost = (lowest - distance).clamp(min=0) + (distance - highest).clamp(min=0)
+    counted = (rest > 0).float()
+    return (cost * counted).sum() / counted.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class ClassLosses:
+    """What the settings ask of the classes of a batch.
+
+    Attributes:
+        settings: which losses, and their weights.
+        labels: (N,), int64.
+        targets: (N,), of `probability_loss`.
+        num_classes: K.
+    """
+
+    settings: ClassGuide
+    labels: Tensor
+    targets: Tensor
+    num_classes: int
+
+    def __call__(self, forward: ForwardPass) -> dict[str, Tensor]:
+        """Weighted losses, by name, of a pass with logits (and embedding, where a distance has a weight)."""
+        settings, logits = self.settings, forward.logits
+        assert logits is not None
+        if settings.loss == "cross_entropy":
+            own = hard_sample_loss(logits, self.labels, settings.hardness)
+        else:
+            own = probability_loss(logits, self.labels, self.targets)
+        losses = {"class": settings.weight * own}
+        if settings.distance_weight > 0:
+            assert forward.embedding is not None
+            distance = class_distance_loss(
+                forward.embedding,
+                self.labels,
+                lowest=settings.distance_min,
+                highest=settings.distance_max,
+                num_classes=self.num_classes,
+            )
+            losses["distance"] = settings.distance_weight * distance
+        return losses

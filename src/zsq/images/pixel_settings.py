@@ -1,0 +1,188 @@
+"""Settings of images that are optimised as pixels."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from zsq.errors import UsageError
+from zsq.images.settings import Synthesis, at_least, one_of, plateau_factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsMatch:
+    """How the statistics that the images give are held to those that BatchNorm layers stored.
+
+    Attributes:
+        weight: factor of the distance.
+        spread: what is compared beside the mean: the "deviation" or the "variance" (biased) of a channel.
+        over: statistics of all images of a "batch" together, or of each "image" on its own (then averaged).
+        channels: "mean" or "sum" of a layer's squared gaps over its channels.
+        layers: "mean" or "sum" over the layers.
+        shallow, deep: factors of the layers before and from number L // 2 - 1 on (from 0, of L).
+        slack: gaps up to this quantile (over a layer's channels) of those that Gaussian noise gives cost
+            nothing; 0 for none.
+        enhance: count layer i mod L twice for image i of a batch; needs over="image".
+    """
+
+    weight: float = 1.0
+    spread: Literal["deviation", "variance"] = "deviation"
+    over: Literal["batch", "image"] = "batch"
+    channels: Literal["mean", "sum"] = "mean"
+    layers: Literal["mean", "sum"] = "sum"
+    shallow: float = 1.0
+    deep: float = 1.0
+    slack: float = 0.0
+    enhance: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(0, "synthesis.bn", self, ("weight", "shallow", "deep"))
+        one_of("synthesis.bn.spread", self.spread, ("deviation", "variance"))
+        one_of("synthesis.bn.over", self.over, ("batch", "image"))
+        for name in ("channels", "layers"):
+            one_of(f"synthesis.bn.{name}", getattr(self, name), ("mean", "sum"))
+        if not 0 <= self.slack <= 1:
+            raise UsageError(f"synthesis.bn.slack is {self.slack}. Expected a quantile, 0 to 1.")
+        if self.enhance and self.over != "image":
+            raise UsageError(
+                "synthesis.bn.enhance weighs the layers differently for each image, which needs statistics "
+                "of each image. Give synthesis.bn.over=image too."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassGuide:
+    """Every image is of a class, all classes equally often; how the teacher is to see it.
+
+    Attributes:
+        loss: "cross_entropy" of the class, or "probability": squared distance of its probability to a target.
+        weight: factor of that loss.
+        hardness: exponent g of (1 - p)^g, by which an image's cross-entropy counts; p its probability of the
+            class. 0 counts all alike, more counts those the more that the teacher doubts.
+        soft_share: share of the images whose target of "probability" is drawn; that of the others is 1.
+        soft_lowest: drawn targets are uniform between it and 1.
+        distance_weight: factor of the distance constraint; 0 leaves it out.
+        distance_min, distance_max: where the cosine distance between an image's last features and the mean of
+            those of the other images of its class costs nothing.
+    """
+
+    loss: Literal["cross_entropy", "probability"] = "cross_entropy"
+    weight: float = 1.0
+    hardness: float = 0.0
+    soft_share: float = 0.5
+    soft_lowest: float = 1.0
+    distance_weight: float = 0.0
+    distance_min: float = 0.0
+    distance_max: float = 2.0
+
+    def __post_init__(self) -> None:
+        one_of("synthesis.classes.loss", self.loss, ("cross_entropy", "probability"))
+        at_least(0, "synthesis.classes", self, ("weight", "hardness", "distance_weight"))
+        for name in ("soft_share", "soft_lowest"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"synthesis.classes.{name} is {getattr(self, name)}. Expected 0 to 1.")
+        if not 0 <= self.distance_min <= self.distance_max <= 2:
+            raise UsageError(
+                f"synthesis.classes.distance_min is {self.distance_min} and synthesis.classes.distance_max "
+                f"{self.distance_max}. Expected cosine distances, 0 <= distance_min <= distance_max <= 2."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """Show the teacher random crops, enlarged to the full size, and mirror images.
+
+    Attributes:
+        prob: probability that a step does so (then for all images, each with a crop of its own).
+        smallest: smallest share of the area that a crop keeps.
+    """
+
+    prob: float = 0.5
+    smallest: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prob <= 1 or not 0 < self.smallest <= 1:
+            raise UsageError(
+                f"synthesis.crops.prob is {self.prob} and synthesis.crops.smallest {self.smallest}. Expected "
+                "a probability and a share of the area above 0."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Centres:
+    """One image a class is made first; in the deeper layers their statistics are targets for the others.
+
+    Attributes:
+        weight: factor of the distance to the statistics of the centres.
+        steps: optimizer steps of the centres.
+        lr_min: the learning rate of the centres never falls below it.
+        class_weight: factor of their cross-entropy.
+        shallow, deep: factors of their BatchNorm distance, see `StatisticsMatch`.
+    """
+
+    weight: float = 0.02
+    steps: int = 1500
+    lr_min: float = 0.05
+    class_weight: float = 5.0
+    shallow: float = 0.2
+    deep: float = 1.1
+
+    def __post_init__(self) -> None:
+        at_least(1, "synthesis.centres", self, ("steps",))
+        at_least(0, "synthesis.centres", self, ("weight", "lr_min", "class_weight", "shallow", "deep"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSynthesis:
+    """Images whose pixels are optimised themselves, batch by batch, from Gaussian noise.
+
+    Attributes:
+        num_images: how many.
+        batch_size: images that are optimised together.
+        steps: optimizer steps a batch.
+        lr: Adam, pixels, in deviations of the expected images.
+        plateau_factor: factor of `lr` when the loss has not fallen for `plateau_patience` steps.
+        plateau_patience: see `plateau_factor`.
+        lr_min: `lr` never falls below it, unless it starts there.
+        limit: pixels are cut to so many deviations after each step; 0 leaves them.
+        image_weight: factor of the distance of each image to the expected mean and deviation.
+        precision: of the teacher's convolutions and matrix products; the rest is float32.
+        bn: match of the BatchNorm statistics.
+        classes: what is asked of an image's class; None: images have no class.
+        crops: None shows the images as they are.
+        centres: None has no targets but those of the BatchNorm layers.
+    """
+
+    num_images: int = 5120
+    batch_size: int = 256
+    steps: int = 1000
+    lr: float = 0.5
+    plateau_factor: float = 0.1
+    plateau_patience: int = 50
+    lr_min: float = 1e-4
+    limit: float = 0.0
+    image_weight: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    bn: StatisticsMatch = field(default_factory=StatisticsMatch)
+    classes: ClassGuide | None = None
+    crops: Crops | None = None
+    centres: Centres | None = None
+
+    def __post_init__(self) -> None:
+        lowest = 2 if self.bn.over == "batch" else 1
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < lowest:
+                raise UsageError(
+                    f"synthesis.{name} is {getattr(self, name)}. Expected at least {lowest}"
+                    + (": the joint statistics of a batch are what is optimised." if lowest == 2 else ".")
+                )
+        at_least(1, "synthesis", self, ("steps", "plateau_patience"))
+        at_least(0, "synthesis", self, ("lr", "lr_min", "limit", "image_weight"))
+        plateau_factor("synthesis", self.plateau_factor)
+        one_of("synthesis.precision", self.precision, ("float32", "bfloat16"))
+        if self.centres is not None and self.classes is None:
+            raise UsageError(
+                "synthesis.centres makes an image of every class, but synthesis.classes is none. Give "
+                "synthesis.classes=on too."
+            )
+
+
+MadeInBatches = Synthesis | PixelSynthesis

@@ -1,0 +1,236 @@
+"""Synthesise images as pixels, one batch at a time, each image of a class where the settings say so."""
+
+import math
+from collections.abc import Callable, MutableMapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, fx
+
+from zsq.distributed import ALONE, Group, spread
+from zsq.graph.tensors import device_of
+from zsq.images.class_losses import balanced_labels, number_of_classes
+from zsq.images.crops import crop, draw_crops
+from zsq.images.forward import observe
+from zsq.images.pixel_objective import Targets, pixel_objective
+from zsq.images.pixel_settings import ClassGuide, PixelSynthesis
+from zsq.images.prior import STANDARD, InputPrior
+from zsq.images.schedules import LOGS_A_BATCH, Plateau, check_finite
+from zsq.images.statistics import pooled_statistics
+from zsq.images.synthesize import batch_names, batch_sizes
+from zsq.out_of_memory import no_room
+from zsq.rng import rng_for
+
+Finished = MutableMapping[str, dict[str, Tensor]]
+Log = Callable[[str, int, int, dict[str, float]], None]
+
+
+def synthesize_pixels(
+    teacher: fx.GraphModule,
+    settings: PixelSynthesis,
+    input_size: tuple[int, int, int],
+    *,
+    seed: int,
+    finished: Finished,
+    log: Log,
+    prior: InputPrior | None = None,
+    group: Group = ALONE,
+) -> Tensor:
+    """Images in batches that know nothing of one another; each has its own stream of `seed`.
+
+    With classes, all images together have each class equally often, and so has every batch.
+
+    Args:
+        teacher: captured network with its BatchNorm layers, on the device to compute on; untouched.
+        settings: how many, and how.
+        input_size: (C, H, W) of the teacher's images.
+        seed: batch k draws from the stream ("pixels", k) of it, so batches can be made in any order.
+        finished: {"images", and with classes "labels", (N,) int64} of finished batches by name, centres by
+            `centre_names`; those found there are taken over, others added.
+        log: called as log(batch name, step, steps, values) a few times a batch.
+        prior: mean and deviation that the images start from and are held to; None for 0 and 1.
+        group: processes that make a batch each at a time; all get all images, the same bits whatever their
+            number.
+
+    Returns:
+        (num_images, C, H, W), normalised, float32, on the CPU.
+
+    Raises:
+        UsageError: the teacher has no BatchNorm, or classes are wanted and it returns none.
+        JobError: the optimisation diverged.
+    """
+    names = batch_names(settings)
+    labels = labels_for(teacher, settings, seed)
+    sizes = batch_sizes(settings.num_images, settings.batch_size)
+    parts = [None] * len(sizes) if labels is None else labels.split(sizes)
+    advice = (
+        f"Lower synthesis.batch_size (now {settings.batch_size}) or take synthesis.precision=bfloat16 (now "
+        f"{settings.precision}); the images are then others."
+    )
+    targets: Targets | None = None
+    if settings.centres is not None and any(name not in finished for name in names):
+        with no_room(advice):
+            targets = _centre_statistics(teacher, settings, input_size, seed, finished, log, prior, group)
+
+    def make(index: int) -> dict[str, Tensor]:
+        with no_room(advice):
+            images = optimise_pixels(
+                teacher,
+                settings,
+                input_size,
+                sizes[index],
+                labels=parts[index],
+                targets=targets,
+                rng=rng_for(seed, "pixels", index),
+                log=partial(_log_batch, log, names[index], settings.steps),
+                prior=prior,
+            )
+        part = parts[index]
+        return {"images": images.cpu(), **({} if part is None else {"labels": part})}
+
+    spread(names, make, finished, group)
+    return torch.cat([finished[name]["images"] for name in names])
+
+
+def labels_for(teacher: fx.GraphModule, settings: PixelSynthesis, seed: int) -> Tensor | None:
+    """The labels (N,), int64, of the images of a seed, in their order; None if they have no class.
+
+    Raises:
+        UsageError: the teacher returns no classes.
+    """
+    if settings.classes is None:
+        return None
+    return balanced_labels(settings.num_images, number_of_classes(teacher), rng_for(seed, "labels"))
+
+
+def centre_names(num_classes: int, settings: PixelSynthesis) -> list[str]:
+    """Under which the batches of centres are kept once they are finished, in order."""
+    return [f"centres-{k:03d}" for k in range(len(batch_sizes(num_classes, settings.batch_size)))]
+
+
+def _centre_statistics(
+    teacher: fx.GraphModule,
+    settings: PixelSynthesis,
+    input_size: tuple[int, int, int],
+    seed: int,
+    finished: Finished,
+    log: Log,
+    prior: InputPrior | None,
+    group: Group,
+) -> Targets:
+    """Make one image a class, unless they are there; the statistics of all of them at every BatchNorm.
+
+    Source: calibration centres of TexQ (NeurIPS 2023) as in SynQ's code (arXiv:2603.18423), which fills a
+    batch that has more places than classes are left with further images of class 0; here it is smaller.
+    """
+    assert settings.centres is not None
+    own = replace(
+        settings,
+        steps=settings.centres.steps,
+        lr_min=settings.centres.lr_min,
+        bn=replace(
+            settings.bn, weight=1.0, shallow=settings.centres.shallow, deep=settings.centres.deep, slack=0.0
+        ),
+        classes=ClassGuide(weight=settings.centres.class_weight),
+        crops=None,
+        centres=None,
+    )
+    classes = number_of_classes(teacher)
+    names, sizes = centre_names(classes, settings), batch_sizes(classes, settings.batch_size)
+    parts = torch.arange(classes).split(sizes)
+
+    def make(index: int) -> dict[str, Tensor]:
+        images = optimise_pixels(
+            teacher,
+            own,
+            input_size,
+            sizes[index],
+            labels=parts[index],
+            rng=rng_for(seed, "centres", index),
+            log=partial(_log_batch, log, names[index], own.steps),
+            prior=prior,
+        )
+        return {"images": images.cpu(), "labels": parts[index]}
+
+    spread(names, make, finished, group)
+    observer = observe(teacher, fold=True)
+    with torch.no_grad():
+        device = device_of(teacher)
+        return pooled_statistics([observer(finished[name]["images"].to(device)) for name in names])
+
+
+def optimise_pixels(
+    teacher: fx.GraphModule,
+    settings: PixelSynthesis,
+    input_size: tuple[int, int, int],
+    num_images: int,
+    *,
+    labels: Tensor | None,
+    targets: Targets | None = None,
+    rng: torch.Generator,
+    log: Callable[[int, dict[str, float]], None],
+    prior: InputPrior | None = None,
+) -> Tensor:
+    """Optimise the pixels of one batch, from Gaussian noise.
+
+    Args:
+        teacher: captured network with its BatchNorm layers, on the device to compute on; untouched.
+        settings: losses and learning rate; `num_images` and `batch_size` are not read.
+        input_size: (C, H, W) of the teacher's images.
+        num_images: images of this batch.
+        labels: (num_images,), int64; None if the settings ask for no class.
+        targets: statistics of the centres, for settings with centres.
+        rng: on the CPU; draws pixels, targets of the classes, the noise that slack is measured on, and crops.
+        log: called as log(step, values) about 20 times; only then the host waits for the device.
+        prior: mean and deviation that the images start from; None for 0 and 1.
+
+    Returns:
+        (num_images, C, H, W), normalised, float32, on the teacher's device.
+
+    Raises:
+        UsageError: the teacher has no BatchNorm.
+        JobError: the optimisation diverged.
+    """
+    device, prior = device_of(teacher), prior or STANDARD
+    shape = (num_images, *input_size)
+    pixels = torch.randn(shape, generator=rng).to(device).contiguous(memory_format=torch.channels_last)
+    pixels.requires_grad_()
+    plateau = Plateau(
+        settings.lr,
+        factor=settings.plateau_factor,
+        patience=settings.plateau_patience,
+        lowest=settings.lr_min,
+        device=device,
+    )
+    optimizer = torch.optim.Adam([{"params": [pixels], "lr": plateau.lr}], fused=True)
+    objective = pixel_objective(
+        teacher, settings, shape, labels=labels, targets=targets, rng=rng, prior=prior
+    )
+    log_every = math.ceil(settings.steps / LOGS_A_BATCH)
+    for step in range(settings.steps):
+        shown = prior.apply(pixels)
+        crops = settings.crops
+        if crops is not None and float(torch.rand((), generator=rng)) < crops.prob:
+            boxes = draw_crops(num_images, input_size[1:], crops.smallest, rng)
+            shown = crop(shown, boxes.to(device, non_blocking=True))
+        parts = objective(shown.contiguous(memory_format=torch.channels_last))
+        loss = torch.stack(list(parts.values())).sum()
+        optimizer.zero_grad()
+        loss.backward(inputs=[pixels])
+        optimizer.step()
+        if settings.limit:
+            with torch.no_grad():
+                pixels.clamp_(-settings.limit, settings.limit)
+        plateau.step(loss.detach())
+        if step % log_every == 0 or step == settings.steps - 1:
+            values = {"loss": loss, **parts, "lr": plateau.lr}
+            log(step, {name: value.item() for name, value in values.items()})
+    images = prior.apply(pixels.detach()).contiguous()
+    advice = f"Try a smaller synthesis.lr (now {settings.lr}) or synthesis.limit=3 (now {settings.limit:g})."
+    check_finite(images, "synthesis", advice)
+    return images
+
+
+def _log_batch(log: Log, name: str, steps: int, step: int, values: dict[str, float]) -> None:
+    log(name, step, steps, values)

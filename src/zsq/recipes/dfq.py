@@ -1,0 +1,32 @@
+"""DFQ: no images; weights equalised, biases absorbed and corrected, ranges from BatchNorm statistics.
+
+Paper: Nagel, van Baalen, Blankevoort, Welling, "Data-Free Quantization Through Weight Equalization and Bias
+Correction", ICCV 2019, arXiv:1906.04721.
+
+Where this differs from the paper:
+
+* Weights have a range per output channel (the paper: per tensor), that of least 2.4-norm error, as in all
+  recipes here. Equalisation matters less then.
+* Biases are not absorbed by layers that pad: at the border a padded zero has nothing to make up for.
+* Sums of tensors (residual blocks) have the sum of means and of variances; ranges of what follows them end at
+  n deviations too. The mean after maximum pooling is taken to be that before it.
+
+The Gaussian noise of the recipe serves to report an agreement and to check exported files; nothing is
+computed from it.
+"""
+
+from zsq.quant.scheme import Scheme
+from zsq.recipe import BiasCorrection, Equalization, GaussianNoise, Recipe, StatisticalRanges
+
+DFQ = Recipe(
+    name="dfq",
+    paper="Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019, "
+    "arXiv:1906.04721",
+    fold_batch_norm=True,
+    equalization=Equalization(),
+    scheme=Scheme(weight_bits=8, activation_bits=8, ends="same"),
+    bias_correction=BiasCorrection(),
+    synthesis=GaussianNoise(num_images=64),
+    calibration=StatisticalRanges(),
+    reconstruction=None,
+)
