@@ -52,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"graph", "images", "account", "progress", "run", "student_images", "text_images"},
     "text_images": GROUND | MODELS | SETTINGS | DATA | {"graph", "images", "account", "progress", "run"},
     "resume": GROUND | MODELS | SETTINGS | {"run"},
+    "generalisation": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover"},
     "sharpness": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover"},
     "export": GROUND | MODELS | SETTINGS | {"graph", "quant", "student", "run"},
     "distributed": {"errors"},
