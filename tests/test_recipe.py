@@ -136,7 +136,7 @@ def test_several_overrides_apply_in_order() -> None:
 def test_describe_and_flat_are_json_and_complete(recipe: Recipe) -> None:
     described = describe(recipe)
     assert json.loads(json.dumps(described, allow_nan=False)) == described
-    left_out = {name for name in ("refinement", "filter") if getattr(recipe, name) is None}
+    left_out = {f.name for f in fields(recipe) if f.default is None and getattr(recipe, f.name) is None}
     assert list(described) == [field.name for field in fields(Recipe) if field.name not in left_out]
     for field in fields(Recipe):
         stage = getattr(recipe, field.name)

@@ -219,16 +219,16 @@ def describe(recipe: Recipe) -> dict[str, Any]:
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
-    """All settings by the dotted name that `--set` takes."""
+    """All settings by the dotted name that `--set` takes; a stage without settings of its own is "on"."""
     found: dict[str, Any] = {}
 
     def walk(value: Any, prefix: str) -> None:
         for f in fields(value):
             inner = getattr(value, f.name)
-            if is_dataclass(inner):
+            if is_dataclass(inner) and fields(inner):
                 walk(inner, f"{prefix}{f.name}.")
             else:
-                found[prefix + f.name] = inner
+                found[prefix + f.name] = "on" if is_dataclass(inner) else inner
 
     walk(recipe, "")
     return found

@@ -27,6 +27,7 @@ DFQ = Recipe(
     scheme=Scheme(weight_bits=8, activation_bits=8, ends="same"),
     bias_correction=BiasCorrection(),
     synthesis=GaussianNoise(num_images=64),
+    num_holdout=0,
     calibration=StatisticalRanges(),
     reconstruction=None,
 )

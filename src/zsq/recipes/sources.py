@@ -41,7 +41,8 @@ BATCH_VARIANCE = StatisticsMatch(spread="variance", layers="mean")
 # IntraQ (arXiv:2111.09136), its three parts with the settings of its code for CIFAR-10. For CIFAR-100 the
 # code has soft_lowest 0.6, distance_min 0.02 and distance_max 1. The class means of the distance constraint
 # are those of the batch at hand (`class_distance_loss`); the code's are those of earlier batches, with none
-# in the first.
+# in the first. The slope of its loss vanishes where the probability does, so some images never get their
+# class: 8 of 64 after 250 steps on cifar10_resnet20 (none with HAST's loss).
 INTRAQ_IMAGES = PixelSynthesis(
     bn=BATCH_VARIANCE,
     classes=ClassGuide(

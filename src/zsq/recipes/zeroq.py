@@ -9,6 +9,9 @@ Where this differs from the papers:
 * Weight ranges are those of least 2.4-norm error per channel, as in all recipes here; ZeroQ's are min-max.
 * Activation ranges are min-max over the images, as in ZeroQ, with a zero point.
 * All layers have the same bits (`--ends same`); there is no allocation of bits to layers.
+
+Top-1 of `zeroq` on cifar10_resnet20 (91.54 in float), 4905 test images, standard budget in bfloat16, seed 0:
+91.3 at W8A8, 87.1 at W4A4, 88.7 at W4A4 with 8-bit ends.
 """
 
 from dataclasses import replace
