@@ -192,9 +192,10 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
         assert scaled.synthesis.num_images == min(num_images, recipe.synthesis.num_images)
         assert isinstance(scaled.synthesis, PixelSynthesis)
         assert scaled.synthesis.steps == min(synthesis_steps, recipe.synthesis.steps)
-    else:
-        assert scaled.synthesis.num_images == num_images
-    assert large.synthesis.num_images == COUNTS[budget, True][0]
+        assert large.synthesis.num_images == COUNTS[budget, True][0]
+    else:  # filters leave as many
+        assert _left(scaled) == num_images and _left(large) == COUNTS[budget, True][0]
+        assert scaled.synthesis.num_images / num_images == recipe.synthesis.num_images / _left(recipe)
     if isinstance(scaled.synthesis, Synthesis):
         assert scaled.synthesis.steps == synthesis_steps
     if scaled.reconstruction is None:
@@ -224,6 +225,14 @@ def test_fewer_bits_round_at_a_larger_rate() -> None:
         assert learning is not None
         rates.append(learning.lr_rounding * learning.steps)
     assert rates == pytest.approx([TRAVEL, TRAVEL, TRAVEL_OF_4_BITS, TRAVEL_OF_4_BITS])
+
+
+def _left(recipe: Recipe) -> int:
+    """Images after all filters."""
+    count, chosen = recipe.synthesis.num_images, recipe.filter
+    while chosen is not None:
+        count, chosen = chosen.keep, chosen.then
+    return count
 
 
 def test_budgets_grow() -> None:
