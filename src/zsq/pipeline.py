@@ -24,7 +24,7 @@ from zsq.images.forward import observe
 from zsq.images.settings import Synthesis
 from zsq.memory import cache_bytes, read_bytes
 from zsq.models import Teacher, load_model
-from zsq.progress import Callback, Progress, silent
+from zsq.progress import Callback, silent, unit_log
 from zsq.quant.scheme import parse_bits
 from zsq.recipe import GivenImages, Recipe, with_overrides
 from zsq.recipe_images import (
@@ -280,17 +280,8 @@ def _run_stages(
     images = shape_images(networks, images, settings, teacher.spec, seed, state, account)
     with account.timed("reconstruct"):
         learning = None if settings.scheme.is_eight_bit else settings.reconstruction
-        steps = learning.steps if learning else 1
-        position = {unit.name: i for i, unit in enumerate(units)}
-
-        taken_over = set(state)
-
-        def log(unit: str, step: int, _: int, values: dict[str, float]) -> None:
-            index = position[unit]
-            done = index * steps + (step + 1 if step >= 0 else steps)
-            resumed = unit_name(index) in taken_over
-            account(Progress("reconstruct", unit, done, len(units) * steps, values, resumed))
-
+        names = [unit.name for unit in units]
+        resumed = {name for index, name in enumerate(names) if unit_name(index) in state}
         results = reconstruct(
             original,
             student,
@@ -301,7 +292,7 @@ def _run_stages(
             calibration=settings.calibration,
             seed=seed,
             finished=state,
-            log=log,
+            log=unit_log(account, "reconstruct", names, learning.steps if learning else 1, resumed),
             group=account.group,
             storage=_storage(original, units, len(images), bound, scratch),
         )

@@ -248,10 +248,12 @@ def _reconstruct_unit(
     draw = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=rng)))
     batches = minibatches(len(targets[0]), settings.batch_size, rng)
     count = min(settings.batch_size, len(targets[0]))
-    mine = group.share(count) if count >= group.size else slice(0, count)  # else all do the same
-    rows, share = Rows(mine.start, mine.stop, count), 1 / group.size
     if count >= group.size:
+        mine = group.share(count)
         share = (mine.stop - mine.start) / count
+    else:  # all do the same
+        mine, share = slice(0, count), 1 / group.size
+    rows, rounding_weight = Rows(mine.start, mine.stop, count), settings.rounding_weight / group.size
     log_every = max(1, settings.steps // 10)
     advice = (
         "Give --memory to keep tensors between units off the device, or lower reconstruction.batch_size "
@@ -274,8 +276,7 @@ def _reconstruct_unit(
             loss, beta = distance, beta_at(step, settings)
             if beta is not None:
                 for values in logits:
-                    factor = settings.rounding_weight / group.size
-                    loss = loss + factor * rounding_regulariser(values, beta)
+                    loss = loss + rounding_weight * rounding_regulariser(values, beta)
             optimizer.zero_grad()
             loss.backward()
             group.add([p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None])
