@@ -18,7 +18,7 @@ ROOT = Path(zsq.__file__).parent
 # stage takes, below all stages but graph, which has no settings.
 GROUND = {"errors", "rng", "distributed", "_version", "allocator", "out_of_memory"}
 MODELS = {"architectures", "bundled", "weight_files", "teacher", "models"}
-SETTINGS = {"recipe", "images.settings", "quant.scheme"}
+SETTINGS = {"recipe", "images.settings", "quant.scheme", "recover.settings"}
 DATA = {"data", "data_arrays", "data_files", "data_hub", "pictures"}
 BENCH = {"bench", "bench_file", "bench_jobs", "bench_plan", "bench_row", "bench_worker"}
 ALLOWED: dict[str, set[str]] = {
@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     **{name: GROUND | MODELS | DATA for name in DATA},
     "graph": GROUND | MODELS,
     "images.settings": GROUND,
+    "recover.settings": GROUND | {"images.settings"},
     "quant.scheme": GROUND | {"graph"},
     "recipe": GROUND | SETTINGS,
     "quant": GROUND | MODELS | SETTINGS | {"graph"},
@@ -40,6 +41,9 @@ ALLOWED: dict[str, set[str]] = {
     "run": GROUND | MODELS | {"images", "student"},
     "student_images": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover", "progress", "run"},
     "account": {"distributed", "progress"},
+    "student_fine_tuning": GROUND
+    | SETTINGS
+    | {"graph", "recover", "account", "progress", "run", "student_images"},
     "recipe_images": GROUND
     | MODELS
     | SETTINGS

@@ -49,6 +49,7 @@ from zsq.run import (
     write_images,
 )
 from zsq.student import stored_bytes
+from zsq.student_fine_tuning import check_fine_tuning, fine_tuned
 from zsq.student_images import attached, check_shaping, refines
 
 logger = logging.getLogger(__name__)
@@ -218,7 +219,7 @@ def synthesize_images(
     images = make_images(graph, teacher, settings, None, seed, target, state, account, keep_sources=keep)
     if made is not None:
         made.update({name: state[name] for name in batch_names(settings)})
-    if refines(settings) or settings.filter is not None:
+    if refines(settings) or settings.filter is not None or settings.low_pass is not None:
         networks = attached(graph, settings)
         images = shape_images(networks, images, settings, teacher.spec, seed, state, account)
     if folder is not None:
@@ -255,6 +256,7 @@ def _check_graph(graph: fx.GraphModule, settings: Recipe) -> None:
     except ValueError as error:
         raise UsageError(f"There is nothing to quantize in this model: {error}.") from error
     check_shaping(settings)
+    check_fine_tuning(graph, settings)
     if isinstance(settings.synthesis, Synthesis):
         observe(graph)
 
@@ -296,6 +298,7 @@ def _run_stages(
             group=account.group,
             storage=_storage(original, units, len(images), bound, scratch),
         )
+    tuned = fine_tuned(networks, images, None, settings, seed, state, account)
     with account.timed("holdout"):
         holdout = make_holdout(graph, teacher, settings, seed, state, account)
         if holdout is not None:
@@ -307,6 +310,7 @@ def _run_stages(
         "measured": {},
         "estimated_without_data": estimates,
         "units": [asdict(result) for result in results],
+        **({"fine_tuning": asdict(tuned)} if tuned is not None else {}),
         "bits": {
             "weights": {n: int(student.get_submodule(q).bits) for n, q in quantizers.weights.items()},  # type: ignore[arg-type]
             "activations": {n: int(student.get_submodule(q).bits) for n, q in quantizers.activations.items()},  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ class Progress:
 
     Attributes:
         stage: "synthesize", "warm-up" (of the student that images are refined against), "refine",
-            "reconstruct", "holdout" (images that only serve to estimate) or "evaluate".
+            "reconstruct", "fine-tune", "holdout" (images that only serve to estimate) or "evaluate".
         item: what is being worked on, e.g. "batch 2 of 3" or a unit's name.
         done, total: optimizer steps (or images) of the stage; the time left follows from their rate.
         values: numbers worth showing, such as a loss.

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from zsq.errors import UsageError
-from zsq.images.settings import Filter, Refinement, Synthesis
+from zsq.images.settings import Filter, LowPass, Refinement, Synthesis
 from zsq.quant.scheme import Scheme
+from zsq.recover.settings import FineTuning
 
 T = TypeVar("T")
 
@@ -120,9 +121,11 @@ class Recipe:
         synthesis: where the images come from.
         refinement: how synthetic images are moved afterwards; None leaves them. At 8 bits they stay.
         filter: which of the images are kept; None keeps all.
+        low_pass: blurs the images before anything is calibrated or learned on them.
         num_holdout: images made besides, used for nothing but the agreement that is reported.
         calibration: activation ranges.
         reconstruction: None to keep rounding to nearest.
+        fine_tuning: end to end, after the reconstruction if there is one; None for no fine-tuning.
     """
 
     name: str
@@ -132,9 +135,11 @@ class Recipe:
     synthesis: Source = field(default_factory=Synthesis)
     refinement: Refinement | None = None
     filter: Filter | None = None
+    low_pass: LowPass | None = None
     num_holdout: int = 32
     calibration: Calibration = field(default_factory=Calibration)
     reconstruction: Reconstruction | None = field(default_factory=Reconstruction)
+    fine_tuning: FineTuning | None = None
 
 
 def with_overrides(recipe: Recipe, overrides: typing.Mapping[str, str | int | float | bool | None]) -> Recipe:
@@ -153,7 +158,7 @@ def with_overrides(recipe: Recipe, overrides: typing.Mapping[str, str | int | fl
 def describe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as nested dictionaries that JSON can hold; a stage's kind is under "kind".
 
-    Optional stages that a recipe does not have (refinement, filter) are left out.
+    Optional stages that a recipe does not have (refinement, filter, fine_tuning ...) are left out.
     """
 
     def plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from zsq.account import Account
 from zsq.errors import UsageError
+from zsq.images.low_pass import low_pass, low_pass_gain
 from zsq.images.prior import input_prior
 from zsq.images.settings import Synthesis
 from zsq.images.synthesize import batch_name, batch_sizes, is_complete, synthesize
@@ -71,14 +72,22 @@ def shape_images(
     state: State,
     account: Account,
 ) -> Tensor:
-    """What depends on a student: refinement, then the filter; the images as they are without either."""
+    """Refinement against a student, the filter, the low-pass; the images as they are without any of them."""
     if refines(settings):
         with account.timed("refine"):
             images = refined_images(networks, images, settings, spec, seed, state, state, account)
     if settings.filter is not None:
         with account.timed("filter"):
             images = filtered_images(networks, images, settings, seed)
-    return images
+    return blurred_images(images, settings)
+
+
+def blurred_images(images: Tensor, settings: Recipe) -> Tensor:
+    """The images after the recipe's low-pass filter, if it has one."""
+    if settings.low_pass is None:
+        return images
+    height, width = images.shape[-2:]
+    return low_pass(images, low_pass_gain(settings.low_pass, height, width, images.device))
 
 
 def batch_names(settings: Recipe) -> list[str]:
@@ -169,7 +178,9 @@ def make_holdout(
         alone = replace(source, num_images=settings.num_holdout)
         own_seed = derived_seed(seed, "holdout")
         state["holdout"] = {
-            "images": _synthesize(graph, alone, teacher.spec, own_seed, {}, account, stage="holdout")
+            "images": blurred_images(
+                _synthesize(graph, alone, teacher.spec, own_seed, {}, account, stage="holdout"), settings
+            )
         }
     return state["holdout"]["images"]
 
