@@ -17,7 +17,7 @@ from zsq.budget import (
     with_budget,
 )
 from zsq.errors import UsageError
-from zsq.images.settings import Filter, Synthesis
+from zsq.images.settings import Filter, LowPass, Synthesis
 from zsq.pipeline import compose_recipe
 from zsq.recipe import (
     Calibration,
@@ -31,6 +31,7 @@ from zsq.recipe import (
 )
 from zsq.recipes import RECIPES, get_recipe
 from zsq.recipes.genie import GENIE
+from zsq.recover.settings import ClassLabels, FineTuning, MapAlignment
 
 NOISE_NEAREST = RECIPES["noise-nearest"]
 
@@ -118,8 +119,51 @@ def test_overrides_of_a_stage_that_the_recipe_does_not_use() -> None:
     assert with_overrides(NOISE_NEAREST, {"reconstruction": "on"}).reconstruction == Reconstruction()
     chosen = with_overrides(GENIE, {"filter": "on", "filter.keep": "64"})
     assert chosen.filter == Filter(keep=64) and describe(chosen)["filter"]["keep"] == 64
+    assert with_overrides(chosen, {"filter": "on"}) == chosen  # as it is, not as by default
+    assert with_overrides(chosen, {"filter": "none"}) == GENIE
+    nearest = with_overrides(GENIE, {"reconstruction": None})
+    assert nearest.reconstruction is None and replace(nearest, reconstruction=Reconstruction()) == GENIE
+    with pytest.raises(UsageError, match="no setting 'filter'"):
+        with_overrides(chosen, {"filter": 64})
     with pytest.raises(UsageError, match="at least 1"):
         with_overrides(NOISE_NEAREST, {"synthesis.num_images": 0})
+
+
+def test_fine_tuning_and_its_parts_are_settings_of_any_recipe() -> None:
+    chosen = with_overrides(
+        GENIE,
+        {
+            "fine_tuning": "on",
+            "fine_tuning.maps": "on",
+            "fine_tuning.maps.weight": "200",
+            "fine_tuning.labels": "on",
+            "fine_tuning.labels.threshold": 0.5,
+            "fine_tuning.low_pass": "on",
+            "fine_tuning.low_pass.unit": "bins",
+            "fine_tuning.low_pass.cutoff": 8,
+            "low_pass": "on",
+        },
+    )
+    assert chosen.fine_tuning == FineTuning(
+        maps=MapAlignment(weight=200.0),
+        labels=ClassLabels(threshold=0.5),
+        low_pass=LowPass(cutoff=8.0, unit="bins"),
+    )
+    assert chosen.low_pass == LowPass() and chosen.reconstruction == GENIE.reconstruction
+    assert describe(chosen)["fine_tuning"]["maps"] == {
+        "kind": "MapAlignment",
+        "weight": 200.0,
+        "channels": "all",
+    }
+    assert "perturbation" not in describe(chosen)["fine_tuning"]
+    with pytest.raises(UsageError, match="fine_tuning has no loss"):
+        with_overrides(
+            chosen,
+            {"fine_tuning.maps": "none", "fine_tuning.labels": "none", "fine_tuning.distillation": "none"},
+        )
+    for name in ("hast", "synq"):
+        recipe = RECIPES[name]
+        assert recipe.scheme.ends == "same" and recipe.reconstruction is None
 
 
 def test_several_overrides_apply_in_order() -> None:
@@ -135,7 +179,8 @@ def test_several_overrides_apply_in_order() -> None:
 def test_describe_and_flat_are_json_and_complete(recipe: Recipe) -> None:
     described = describe(recipe)
     assert json.loads(json.dumps(described, allow_nan=False)) == described
-    left_out = {name for name in ("refinement", "filter") if getattr(recipe, name) is None}
+    optional = ("refinement", "filter", "low_pass", "fine_tuning")
+    left_out = {name for name in optional if getattr(recipe, name) is None}
     assert list(described) == [field.name for field in fields(Recipe) if field.name not in left_out]
     for field in fields(Recipe):
         stage = getattr(recipe, field.name)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from zsq.errors import UsageError
 from zsq.images.settings import Synthesis
 from zsq.recipe import GaussianNoise, GivenImages, Recipe
+from zsq.recover.settings import FineTuning
 
 BUDGETS = ("quick", "standard", "paper")
 LARGE = 64 * 64  # pixels of an input above which a step costs so much more that the counts are smaller
@@ -22,12 +23,23 @@ REFINEMENT_COUNTS = {
     ("quick", True): (5, 10),
     ("standard", True): (10, 20),
 }
+# The same for fine-tuning: epochs, iterations an epoch, images an iteration
+FINE_TUNING_COUNTS = {
+    ("quick", False): (5, 20, 64),
+    ("standard", False): (10, 40, 64),
+    ("quick", True): (2, 10, 16),
+    ("standard", True): (5, 20, 16),
+}
 
 # A rounding logit has to travel up to 4.8 to change its mind (the rectified sigmoid is 0 at -2.4, 1 at 2.4).
 # At the published rate of 1e-3 that takes thousands of steps; fewer steps get a rate with which it still can.
 # At 4 and more bits of a weight fewer roundings have to change, and a smaller rate is better.
 TRAVEL, TRAVEL_OF_4_BITS = 4.0, 1.6
 MAX_LR_ROUNDING = 0.02
+# Published for images of more than 64 x 64 pixels: images an iteration, and the factor of the learning rate.
+LARGE_BATCH, LARGE_FACTOR = 16, 0.1
+# So few steps of fine-tuning get a larger learning rate, as rounding logits do.
+FINE_TUNING_FACTOR = 30.0
 # Images are refined over the same sum of learning rates as in the published steps, up to this factor.
 MAX_REFINEMENT_FACTOR = 20.0
 
@@ -52,9 +64,9 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
     """
     if budget not in BUDGETS:
         raise UsageError(f"The budget must be one of {', '.join(BUDGETS)}, got {budget!r}.")
-    if budget == "paper":
-        return recipe
     large = input_size is not None and input_size[1] * input_size[2] > LARGE
+    if budget == "paper":
+        return recipe if recipe.fine_tuning is None or not large else _published_for_large_inputs(recipe)
     num_images, synthesis_steps, reconstruction_steps = COUNTS[budget, large]
     source = recipe.synthesis
     if isinstance(source, Synthesis):
@@ -77,7 +89,37 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
             warmup_steps=warmup_steps,
             warmup_lr_rounding=_rounding_rate(refinement.warmup_lr_rounding, warmup_steps, bits),
         )
-    return replace(recipe, synthesis=source, refinement=refinement, reconstruction=reconstruction)
+    return replace(
+        recipe,
+        synthesis=source,
+        refinement=refinement,
+        reconstruction=reconstruction,
+        fine_tuning=_shortened(recipe.fine_tuning, FINE_TUNING_COUNTS[budget, large]),
+    )
+
+
+def _published_for_large_inputs(recipe: Recipe) -> Recipe:
+    """The schedule that HAST and SynQ have for ImageNet; the recipe holds the one for CIFAR."""
+    tuning = recipe.fine_tuning
+    assert tuning is not None
+    tuning = replace(tuning, batch_size=LARGE_BATCH, lr=tuning.lr * LARGE_FACTOR)
+    return replace(recipe, fine_tuning=tuning)
+
+
+def _shortened(tuning: FineTuning | None, counts: tuple[int, int, int]) -> FineTuning | None:
+    """Fine-tuning with so many epochs, iterations and images; its rate decays once, for the last fifth."""
+    if tuning is None:
+        return None
+    epochs, iterations, batch_size = counts
+    return replace(
+        tuning,
+        epochs=epochs,
+        iterations=iterations,
+        batch_size=batch_size,
+        lr=tuning.lr * FINE_TUNING_FACTOR,
+        lr_decay_epochs=max(1, epochs * 4 // 5),
+        lr_decays=1,
+    )
 
 
 def _rounding_rate(published: float, steps: int, bits: int) -> float:

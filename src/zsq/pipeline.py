@@ -49,7 +49,7 @@ from zsq.run import (
     write_images,
 )
 from zsq.student import stored_bytes
-from zsq.student_fine_tuning import check_fine_tuning, fine_tuned
+from zsq.student_fine_tuning import check_losses, fine_tuned
 from zsq.student_images import attached, check_shaping, refines
 
 logger = logging.getLogger(__name__)
@@ -256,7 +256,7 @@ def _check_graph(graph: fx.GraphModule, settings: Recipe) -> None:
     except ValueError as error:
         raise UsageError(f"There is nothing to quantize in this model: {error}.") from error
     check_shaping(settings)
-    check_fine_tuning(graph, settings)
+    check_losses(graph, settings)
     if isinstance(settings.synthesis, Synthesis):
         observe(graph)
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from zsq.errors import UsageError
 from zsq.images.settings import Filter, LowPass, Refinement, Synthesis
 from zsq.quant.scheme import Scheme
-from zsq.recover.settings import FineTuning
+from zsq.recover.settings import FineTuning, MapAlignment
 
 T = TypeVar("T")
 
@@ -84,6 +84,7 @@ class Reconstruction:
         warmup: share of the steps before the regulariser sets in.
         beta_start, beta_end: exponent of the regulariser, linear between the end of the warm-up and the last
             step; at least 1.
+        maps: class activation maps at the output of the last unit that has positions, added to its distance.
     """
 
     steps: int = 20000
@@ -97,6 +98,7 @@ class Reconstruction:
     warmup: float = 0.2
     beta_start: float = 20.0
     beta_end: float = 2.0
+    maps: MapAlignment | None = None
 
     def __post_init__(self) -> None:
         _at_least(1, reconstruction_steps=self.steps, reconstruction_batch_size=self.batch_size)
@@ -145,7 +147,8 @@ class Recipe:
 def with_overrides(recipe: Recipe, overrides: typing.Mapping[str, str | int | float | bool | None]) -> Recipe:
     """Replace fields by dotted name, e.g. {"synthesis.steps": 500}; texts are read as the field's type.
 
-    A stage that the recipe does not use is put in with its defaults by "on", e.g. {"filter": "on"}.
+    A stage that the recipe does not use is put in with its defaults by "on", e.g. {"filter": "on"}; "none"
+    takes an optional stage out.
 
     Raises:
         UsageError: an unknown field, or a value that the field cannot take.
@@ -194,7 +197,10 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 def _replace(target: T, path: list[str], value: Any, name: str) -> T:
     known = {f.name: f for f in fields(target)}  # type: ignore[arg-type]
     head, *rest = path
-    if head not in known or (not rest and is_dataclass(getattr(target, head))):
+    hint = typing.get_type_hints(type(target)).get(head)
+    whole = head in known and not rest and is_dataclass(getattr(target, head))
+    switched = type(None) in typing.get_args(hint) and value in (None, "none", "on")
+    if head not in known or (whole and not switched):
         raise UsageError(
             f"There is no setting {name!r}; at this place there are: {', '.join(sorted(known))}. "
             "`zsq show RECIPE` lists all of them."
@@ -206,8 +212,10 @@ def _replace(target: T, path: list[str], value: Any, name: str) -> T:
         if not is_dataclass(current):
             raise UsageError(f"There is no setting {name!r}: {head!r} is a single value, {current!r}.")
         new: Any = _replace(current, rest, value, name)
+    elif whole and value == "on":
+        return target  # it is
     else:
-        new = _convert(value, typing.get_type_hints(type(target))[head], name)
+        new = _convert(value, hint, name)
     return replace(target, **{head: new})  # type: ignore[type-var]
 
 

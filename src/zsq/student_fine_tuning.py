@@ -6,20 +6,26 @@ from zsq.account import Account
 from zsq.graph.blocks import split
 from zsq.progress import Progress
 from zsq.recipe import Recipe
+from zsq.recover.feature_nodes import logits_node
 from zsq.recover.fine_tune import PIECE, FineTuningResult, fine_tune
-from zsq.recover.network_outputs import Observed
+from zsq.recover.network_outputs import looked_at
+from zsq.recover.unit_maps import map_unit
 from zsq.run import State
 from zsq.student_images import Networks
 
 
-def check_fine_tuning(graph: fx.GraphModule, settings: Recipe) -> None:
-    """Refuse a model that has not what the recipe's fine-tuning looks at.
+def check_losses(graph: fx.GraphModule, settings: Recipe) -> None:
+    """Refuse a model that has not what the recipe's reconstruction or fine-tuning looks at.
 
     Raises:
         UsageError: so.
     """
-    if settings.fine_tuning is not None and not settings.scheme.is_eight_bit:
-        Observed(graph, split(graph.graph), settings.fine_tuning)
+    units = split(graph.graph)
+    if settings.reconstruction is not None and settings.reconstruction.maps is not None:
+        map_unit(graph.graph, units)
+        logits_node(graph.graph)
+    if settings.fine_tuning is not None:
+        looked_at(graph.graph, units, settings.fine_tuning)
 
 
 def fine_tuned(

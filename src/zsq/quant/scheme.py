@@ -119,7 +119,7 @@ def place(graph: fx.Graph, scheme: Scheme) -> Placement:
     """
     nodes = activations(graph)
     layers = [n for n in nodes if weight_node(n) is not None]
-    depth = _depths(nodes)
+    depth = layer_depths(nodes)
     last = {n for n in layers if not leads_to_layer(n)}
     eight_bit_ends = scheme.ends == "8bit"
     weights = {
@@ -152,7 +152,7 @@ def place(graph: fx.Graph, scheme: Scheme) -> Placement:
     )
 
 
-def _depths(nodes: list[fx.Node]) -> dict[fx.Node, int]:
+def layer_depths(nodes: list[fx.Node]) -> dict[fx.Node, int]:
     """For every tensor, the largest number of layers on a path from the images to it (its own included)."""
     depth: dict[fx.Node, int] = {}
     for node in nodes:

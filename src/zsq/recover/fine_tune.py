@@ -15,7 +15,7 @@ from zsq.images.low_pass import low_pass, low_pass_gain
 from zsq.out_of_memory import in_chunks, no_room
 from zsq.quant.attach import Quantizers
 from zsq.quant.dropping import Rows
-from zsq.recover.network_outputs import Observed, Outputs, joined, parts_of_loss
+from zsq.recover.network_outputs import Observed, Outputs, joined, looked_at, parts_of_loss
 from zsq.recover.reconstruct import CHUNK, minibatches, take
 from zsq.recover.settings import FineTuning
 from zsq.recover.trainee import load_trainee, put_up, trainee_state
@@ -82,7 +82,8 @@ def fine_tune(
     places of the quantizers, which are those of `place`.
     """
     keep_ranges = settings.ranges == "kept" or (settings.ranges == "auto" and reconstructed)
-    own, shown = Observed(student, units, settings), Observed(teacher, units, settings).frozen()
+    names = looked_at(teacher.graph, units, settings)
+    own, shown = Observed(student, names, settings), Observed(teacher, names, settings).frozen()
     views = _Views(images.contiguous(memory_format=torch.channels_last), settings)
     piece = finished.get(PIECE)
     advice = f"Lower fine_tuning.batch_size (now {settings.batch_size}), which changes the result."

@@ -57,26 +57,36 @@ def joined(pieces: Sequence[Outputs]) -> Outputs:
     )
 
 
+def looked_at(teacher: fx.Graph, units: Sequence[Unit], settings: FineTuning) -> tuple[str, ...]:
+    """Names of the nodes that the losses look at: logits, then that of the maps, then those of attentions.
+
+    Args:
+        teacher: graph of a captured network; its student has nodes of the same names.
+        units: of it.
+        settings: which losses.
+
+    Raises:
+        UsageError: the network has not what they look at.
+    """
+    names = [logits_node(teacher)]
+    if settings.maps is not None:
+        names.append(map_node(teacher))
+    if settings.features is not None:
+        names += attention_nodes(teacher, units)
+    return tuple(names)
+
+
 class Observed:
     """A network as a function (images, labels) -> Outputs; shares all tensors and modules with it.
 
     Args:
         network: captured teacher or student from `attach`; left as it is.
-        units: of the teacher.
-        settings: whose losses say what is looked at.
-
-    Raises:
-        UsageError: the network has not what the losses look at.
+        names: from `looked_at`.
+        settings: which losses.
     """
 
-    def __init__(self, network: fx.GraphModule, units: Sequence[Unit], settings: FineTuning) -> None:
-        graph = network.graph
-        names = [logits_node(graph)]
-        if settings.maps is not None:
-            names.append(map_node(graph))
-        if settings.features is not None:
-            names += attention_nodes(graph, units)
-        image = next(node.name for node in graph.nodes if node.op == "placeholder")
+    def __init__(self, network: fx.GraphModule, names: Sequence[str], settings: FineTuning) -> None:
+        image = next(node.name for node in network.graph.nodes if node.op == "placeholder")
         self.part = extract(network, [image], names)
         merge_calls(self.part.graph)
         self._maps = settings.maps

@@ -131,7 +131,8 @@ class FineTuning:
         range_momentum: of the moving average of activation ranges.
         augment: random crops and flips, drawn anew for every image and step.
         crop_scale: smallest share of an image's area that a crop has.
-        saturated_gradients: activations beyond their range pass the gradient on (as published) or not.
+        saturated_gradients: activations beyond their range pass the gradient on, as in published code, though
+            they cannot change what comes after them; weights before them may then grow without bound.
         precision: of the teacher's convolutions and matrix products; the student is always in float32.
         low_pass: Gaussian filter of the images, after the augmentation.
         distillation: soft labels of the teacher.
@@ -155,7 +156,7 @@ class FineTuning:
     range_momentum: float = 0.9
     augment: bool = True
     crop_scale: float = 0.5
-    saturated_gradients: bool = True
+    saturated_gradients: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
     low_pass: LowPass | None = None
     distillation: Distillation | None = field(default_factory=Distillation)
