@@ -9,6 +9,10 @@ from tiny_networks import message
 from zsq.budget import (
     BUDGETS,
     COUNTS,
+    FINE_TUNING_COUNTS,
+    FINE_TUNING_FACTOR,
+    LARGE_BATCH,
+    LARGE_FACTOR,
     MAX_LR_ROUNDING,
     MAX_REFINEMENT_FACTOR,
     REFINEMENT_COUNTS,
@@ -228,6 +232,13 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
     scaled = with_budget(recipe, budget)
     if budget == "paper":
         assert scaled is recipe
+        published_for_large = with_budget(recipe, budget, input_size=(3, 224, 224))
+        if recipe.fine_tuning is None:
+            assert published_for_large is recipe
+        else:
+            rate = LARGE_FACTOR * recipe.fine_tuning.lr
+            tuning = replace(recipe.fine_tuning, batch_size=LARGE_BATCH, lr=rate)
+            assert published_for_large == replace(recipe, fine_tuning=tuning)
         return
     num_images, synthesis_steps, reconstruction_steps = COUNTS[budget, False]
     assert with_budget(recipe, budget, input_size=(3, 64, 64)) == scaled
@@ -252,7 +263,17 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
         factor = scaled.refinement.lr_generator / recipe.refinement.lr_generator
         assert scaled.refinement.lr_latent == pytest.approx(factor * recipe.refinement.lr_latent)
         assert factor == pytest.approx(min(500 / counts[0], MAX_REFINEMENT_FACTOR))
-    published_stages = {name: getattr(recipe, name) for name in ("synthesis", "refinement", "reconstruction")}
+    if scaled.fine_tuning is not None and recipe.fine_tuning is not None:
+        tuning, published_tuning = scaled.fine_tuning, recipe.fine_tuning
+        counts = (tuning.epochs, tuning.iterations, tuning.batch_size)
+        assert counts == FINE_TUNING_COUNTS[budget, False]
+        assert tuning.lr == pytest.approx(FINE_TUNING_FACTOR * published_tuning.lr)
+        assert 0 < tuning.lr_decay_epochs < tuning.epochs and tuning.lr_decays == 1
+        losses = ("distillation", "labels", "maps", "features", "perturbation", "low_pass", "ranges")
+        assert all(getattr(tuning, name) == getattr(published_tuning, name) for name in losses)
+        assert large.fine_tuning.lr == pytest.approx(tuning.lr * LARGE_FACTOR)
+    stages = ("synthesis", "refinement", "reconstruction", "fine_tuning")
+    published_stages = {name: getattr(recipe, name) for name in stages}
     assert replace(scaled, **published_stages) == recipe
 
 

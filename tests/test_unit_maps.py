@@ -81,11 +81,7 @@ def test_gradients_reach_the_output_alone() -> None:
 def test_models_without_such_a_unit() -> None:
     teacher, _, _, units = attached(Tokens, "W4A4")
     with pytest.raises(UsageError, match=r"reconstruction\.maps=none"):
-        maps_of_last_unit = map_unit(teacher.graph, units[-1:])
-        assert maps_of_last_unit
+        map_unit(teacher.graph, units[-1:])
     several, _, _, parts = attached(Summing, "W4A4")
-    index = next(i for i, unit in enumerate(parts) if len(unit.inputs) > 1)
     with pytest.raises(UsageError, match="logits that follow from its output alone"):
-        unit_maps(
-            several, parts[0] if len(parts[0].outputs) == 1 else parts[index], IMAGES, (8, 8), MapAlignment()
-        )
+        unit_maps(several, parts[1], IMAGES, (8, 8), MapAlignment())

@@ -38,8 +38,8 @@ TRAVEL, TRAVEL_OF_4_BITS = 4.0, 1.6
 MAX_LR_ROUNDING = 0.02
 # Published for images of more than 64 x 64 pixels: images an iteration, and the factor of the learning rate.
 LARGE_BATCH, LARGE_FACTOR = 16, 0.1
-# So few steps of fine-tuning get a larger learning rate, as rounding logits do.
-FINE_TUNING_FACTOR = 30.0
+# Factor of the learning rate of so few steps of fine-tuning; ten times the published one diverges.
+FINE_TUNING_FACTOR = 3.0
 # Images are refined over the same sum of learning rates as in the published steps, up to this factor.
 MAX_REFINEMENT_FACTOR = 20.0
 
@@ -52,6 +52,11 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
     60.4 at 1e-2. W4A4, mean of seeds 0-2: cifar10_resnet20 90.6 at 1e-2, 90.9 at 4e-3, cifar100_resnet20s
     66.6 at both. The rates of a refinement grow as its steps become fewer, as at the published ones 30 steps
     move the images little: see the measurements in `zsq show sadag`.
+
+    The rate of fine-tuning is three times the published one. Measured on cifar10_resnet20, W3A3, 256
+    synthetic images, 100 steps on 64 of them, distillation alone, 2000 test images, seed 0: with ranges of
+    minima and maxima 62.8 before it, 74.1 at the published rate (1e-5), 77.5 at three times that, 9.8 at ten
+    times; with the ranges of the calibration 72.9 before it, 84.9 and 86.0.
 
     Args:
         recipe: with the published counts.
@@ -66,7 +71,12 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
         raise UsageError(f"The budget must be one of {', '.join(BUDGETS)}, got {budget!r}.")
     large = input_size is not None and input_size[1] * input_size[2] > LARGE
     if budget == "paper":
-        return recipe if recipe.fine_tuning is None or not large else _published_for_large_inputs(recipe)
+        large_tuning = large and recipe.fine_tuning is not None
+        return (
+            replace(recipe, fine_tuning=_shortened(recipe.fine_tuning, budget, large))
+            if large_tuning
+            else recipe
+        )
     num_images, synthesis_steps, reconstruction_steps = COUNTS[budget, large]
     source = recipe.synthesis
     if isinstance(source, Synthesis):
@@ -94,23 +104,19 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
         synthesis=source,
         refinement=refinement,
         reconstruction=reconstruction,
-        fine_tuning=_shortened(recipe.fine_tuning, FINE_TUNING_COUNTS[budget, large]),
+        fine_tuning=_shortened(recipe.fine_tuning, budget, large),
     )
 
 
-def _published_for_large_inputs(recipe: Recipe) -> Recipe:
-    """The schedule that HAST and SynQ have for ImageNet; the recipe holds the one for CIFAR."""
-    tuning = recipe.fine_tuning
-    assert tuning is not None
-    tuning = replace(tuning, batch_size=LARGE_BATCH, lr=tuning.lr * LARGE_FACTOR)
-    return replace(recipe, fine_tuning=tuning)
-
-
-def _shortened(tuning: FineTuning | None, counts: tuple[int, int, int]) -> FineTuning | None:
-    """Fine-tuning with so many epochs, iterations and images; its rate decays once, for the last fifth."""
+def _shortened(tuning: FineTuning | None, budget: str, large: bool) -> FineTuning | None:
+    """Fine-tuning with the counts of a budget; its rate decays once, for the last fifth."""
     if tuning is None:
         return None
-    epochs, iterations, batch_size = counts
+    if large:  # the recipe holds what HAST and SynQ have for CIFAR; this is what they have for ImageNet
+        tuning = replace(tuning, batch_size=LARGE_BATCH, lr=tuning.lr * LARGE_FACTOR)
+    if budget == "paper":
+        return tuning
+    epochs, iterations, batch_size = FINE_TUNING_COUNTS[budget, large]
     return replace(
         tuning,
         epochs=epochs,

@@ -1,9 +1,8 @@
 """Genie with two of SynQ's three parts: filtered images, and aligned class activation maps.
 
 Paper: Kim, Kim, Kang, "SynQ: Accurate Zero-shot Quantization by Synthesis-aware Fine-tuning", ICLR 2025,
-arXiv:2603.18423, table 8, on Jeon et al., "Genie", CVPR 2023, arXiv:2212.04780. The paper gives the results of
-the combination, not how parts that were made for training end to end enter a reconstruction unit by unit. This
-is what is done here:
+arXiv:2603.18423, table 8, on Genie (arXiv:2212.04780). The paper gives results of the combination, not how
+parts that were made for training end to end enter a reconstruction unit by unit. This is what is done here:
 
 * All images go once through the low-pass filter before ranges are calibrated and units reconstructed
   (`low_pass`; there is no augmentation that could come before it). Cutoff: see `zsq show synq`.

@@ -81,7 +81,6 @@ def fine_tune(
     Source: the protocol of GDFQ (arXiv:2003.03603), IntraQ, HAST and SynQ (arXiv:2603.18423), but for the
     places of the quantizers, which are those of `place`.
     """
-    keep_ranges = settings.ranges == "kept" or (settings.ranges == "auto" and reconstructed)
     names = looked_at(teacher.graph, units, settings)
     own, shown = Observed(student, names, settings), Observed(teacher, names, settings).frozen()
     views = _Views(images.contiguous(memory_format=torch.channels_last), settings)
@@ -99,7 +98,7 @@ def fine_tune(
             quantizers,
             settings,
             reconstructed=reconstructed,
-            observe=None if keep_ranges else observe,
+            observe=observe if settings.ranges == "minmax" else None,
         )
         labels = (_classes(shown, images) if labels is None else labels).to(images.device)
         parameters = [p.requires_grad_(True) for p in trainee.parameters().values()]

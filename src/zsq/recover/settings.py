@@ -125,9 +125,9 @@ class FineTuning:
         lr_decay: factor of `lr` after every `lr_decay_epochs` epochs.
         lr_decay_epochs: see `lr_decay`.
         lr_decays: how often it decays at most.
-        ranges: "minmax": of weights, lowest and highest value per output channel, anew in every step; of
-            activations, a moving average over one pass, then fixed. "kept": scales and zero points of the
-            calibrated or reconstructed student. "auto": kept after a reconstruction, else minmax.
+        ranges: "kept": scales and zero points of the calibrated or reconstructed student. "minmax" (GDFQ and
+            those built on it): of weights, lowest and highest value per output channel, anew in every step;
+            of activations, a moving average of them over one pass, then fixed.
         range_momentum: of the moving average of activation ranges.
         augment: random crops and flips, drawn anew for every image and step.
         crop_scale: smallest share of an image's area that a crop has.
@@ -152,7 +152,7 @@ class FineTuning:
     lr_decay: float = 0.1
     lr_decay_epochs: int = 20
     lr_decays: int = 3
-    ranges: Literal["auto", "minmax", "kept"] = "auto"
+    ranges: Literal["kept", "minmax"] = "kept"
     range_momentum: float = 0.9
     augment: bool = True
     crop_scale: float = 0.5
@@ -177,8 +177,8 @@ class FineTuning:
                 )
         if not 0 < self.crop_scale <= 1:
             raise UsageError(f"fine_tuning.crop_scale is {self.crop_scale}. Expected above 0, at most 1.")
-        if self.ranges not in ("auto", "minmax", "kept"):
-            raise UsageError(f"fine_tuning.ranges is {self.ranges!r}. Expected auto, minmax or kept.")
+        if self.ranges not in ("kept", "minmax"):
+            raise UsageError(f"fine_tuning.ranges is {self.ranges!r}. Expected kept or minmax.")
         if self.precision not in ("float32", "bfloat16"):
             raise UsageError(f"fine_tuning.precision is {self.precision!r}. Expected float32 or bfloat16.")
         losses = (self.distillation, self.agreement, self.labels, self.maps, self.features)
