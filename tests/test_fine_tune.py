@@ -131,7 +131,7 @@ def test_running_statistics_stay_and_the_rest_moves() -> None:
         {"maps": MapAlignment(channels="positive")},
         {"features": FeatureAlignment(weight=10.0)},
         {"perturbation": Perturbation(size=0.05)},
-        {"augment": True, "maps": MapAlignment(), "precision": "bfloat16"},
+        {"maps": MapAlignment(weight=5.0), "precision": "bfloat16"},
         {"saturated_gradients": True, "low_pass": LowPass(cutoff=3.0, unit="bins")},
         {"ranges": "minmax"},
     ],
@@ -198,7 +198,7 @@ def test_from_a_reconstructed_student() -> None:
     assert student_to_bytes(student) == before
     scales = {n: m.scale.clone() for n, m in student.named_modules() if isinstance(m, WeightQuantizer)}
     codes = {n: m.codes.clone() for n, m in student.named_modules() if isinstance(m, WeightQuantizer)}
-    result = tune(networks, replace(STEADY, lr=1e-4, epochs=10), reconstructed=True)
+    result = tune(networks, replace(STEADY, lr=1e-3, epochs=10), reconstructed=True)
     assert result.last["loss"] < result.first["loss"]
     for name, scale in scales.items():
         quantizer: Any = student.get_submodule(name)
