@@ -236,9 +236,11 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
         if recipe.fine_tuning is None:
             assert published_for_large is recipe
         else:
-            rate = LARGE_FACTOR * recipe.fine_tuning.lr
-            tuning = replace(recipe.fine_tuning, batch_size=LARGE_BATCH, lr=rate)
-            assert published_for_large == replace(recipe, fine_tuning=tuning)
+            tuning = published_for_large.fine_tuning
+            assert tuning is not None and tuning.batch_size == LARGE_BATCH
+            assert tuning.lr == pytest.approx(LARGE_FACTOR * recipe.fine_tuning.lr)
+            same = replace(tuning, batch_size=recipe.fine_tuning.batch_size, lr=recipe.fine_tuning.lr)
+            assert replace(published_for_large, fine_tuning=same) == recipe
         return
     num_images, synthesis_steps, reconstruction_steps = COUNTS[budget, False]
     assert with_budget(recipe, budget, input_size=(3, 64, 64)) == scaled

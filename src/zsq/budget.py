@@ -113,7 +113,7 @@ def _shortened(tuning: FineTuning | None, budget: str, large: bool) -> FineTunin
     if tuning is None:
         return None
     if large:  # the recipe holds what HAST and SynQ have for CIFAR; this is what they have for ImageNet
-        tuning = replace(tuning, batch_size=LARGE_BATCH, lr=tuning.lr * LARGE_FACTOR)
+        tuning = replace(tuning, batch_size=LARGE_BATCH, lr=_plain(tuning.lr * LARGE_FACTOR))
     if budget == "paper":
         return tuning
     epochs, iterations, batch_size = FINE_TUNING_COUNTS[budget, large]
@@ -122,7 +122,7 @@ def _shortened(tuning: FineTuning | None, budget: str, large: bool) -> FineTunin
         epochs=epochs,
         iterations=iterations,
         batch_size=batch_size,
-        lr=tuning.lr * FINE_TUNING_FACTOR,
+        lr=_plain(tuning.lr * FINE_TUNING_FACTOR),
         lr_decay_epochs=max(1, epochs * 4 // 5),
         lr_decays=1,
     )
@@ -132,3 +132,8 @@ def _rounding_rate(published: float, steps: int, bits: int) -> float:
     """Learning rate of rounding logits for so many steps, for weights of so many bits."""
     travel = TRAVEL if bits < 4 else TRAVEL_OF_4_BITS
     return min(max(published, travel / steps), MAX_LR_ROUNDING)
+
+
+def _plain(number: float) -> float:
+    """Without the digits that a product in floating point adds: 3e-05, not 3.0000000000000004e-05."""
+    return float(f"{number:.6g}")

@@ -196,4 +196,5 @@ class LowPass:
     def __post_init__(self) -> None:
         if not self.cutoff > 0:
             raise UsageError(f"low_pass.cutoff is {self.cutoff}. Expected above 0.")
-        _one_of("low_pass.unit", self.unit, ("size", "bins"))
+        if self.unit not in ("size", "bins"):
+            raise UsageError(f"low_pass.unit is {self.unit!r}. Expected size or bins.")
