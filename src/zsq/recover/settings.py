@@ -110,8 +110,9 @@ class FineTuning:
 
     Trained are float weights behind straight-through rounding, biases and the affine part of BatchNorm; the
     running statistics of BatchNorm never change. From a student that is rounded to nearest, the weights start
-    as the teacher's. From a reconstructed one, whose roundings are decided, they start as what its codes
-    stand for, so that the first step sees the reconstructed student itself.
+    as the teacher's. From a reconstructed one, whose roundings are decided, they start as the teacher's moved
+    as little as possible so that they round to its codes: with kept ranges the first step sees the
+    reconstructed student itself, and a rounding that was close can still turn.
 
     At 8 bits nothing is fine-tuned.
 
