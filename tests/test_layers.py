@@ -18,7 +18,14 @@ ROOT = Path(zsq.__file__).parent
 # stage takes, below all stages but graph, which has no settings.
 GROUND = {"errors", "rng", "distributed", "_version", "allocator", "out_of_memory"}
 MODELS = {"architectures", "bundled", "weight_files", "teacher", "models"}
-SETTINGS = {"recipe", "images.prompts", "images.settings", "images.pixel_settings", "quant.scheme"}
+SETTINGS = {
+    "recipe",
+    "images.prompts",
+    "images.settings",
+    "images.pixel_settings",
+    "quant.scheme",
+    "recover.settings",
+}
 DATA = {"data", "data_arrays", "data_files", "data_hub", "data_tensors", "pictures"}
 BENCH = {"bench", "bench_file", "bench_jobs", "bench_plan", "bench_row", "bench_worker"}
 ALLOWED: dict[str, set[str]] = {
@@ -28,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "images.settings": GROUND,
     "images.prompts": GROUND,
     "images.pixel_settings": GROUND | {"images.settings"},
+    "recover.settings": GROUND | {"images.settings"},
     "quant.scheme": GROUND | {"graph"},
     "recipe": GROUND | SETTINGS,
     "quant": GROUND | MODELS | SETTINGS | {"graph"},
@@ -46,6 +54,9 @@ ALLOWED: dict[str, set[str]] = {
     | SETTINGS
     | {"graph", "quant", "images", "recover", "progress", "run", "without_images"},
     "account": {"distributed", "progress"},
+    "student_fine_tuning": GROUND
+    | SETTINGS
+    | {"graph", "recover", "account", "progress", "run", "student_images"},
     "recipe_images": GROUND
     | MODELS
     | SETTINGS

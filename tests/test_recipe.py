@@ -9,6 +9,10 @@ from tiny_networks import message
 from zsq.budget import (
     BUDGETS,
     COUNTS,
+    FINE_TUNING_COUNTS,
+    FINE_TUNING_FACTOR,
+    LARGE_BATCH,
+    LARGE_FACTOR,
     MAX_LR_ROUNDING,
     MAX_REFINEMENT_FACTOR,
     REFINEMENT_COUNTS,
@@ -18,7 +22,7 @@ from zsq.budget import (
 )
 from zsq.errors import UsageError
 from zsq.images.pixel_settings import PixelSynthesis
-from zsq.images.settings import Filter, Synthesis
+from zsq.images.settings import Filter, LowPass, Synthesis
 from zsq.pipeline import compose_recipe
 from zsq.recipe import (
     Calibration,
@@ -32,6 +36,7 @@ from zsq.recipe import (
 )
 from zsq.recipes import RECIPES, get_recipe
 from zsq.recipes.genie import GENIE
+from zsq.recover.settings import ClassLabels, FineTuning, MapAlignment
 
 NOISE_NEAREST = RECIPES["noise-nearest"]
 
@@ -119,8 +124,51 @@ def test_overrides_of_a_stage_that_the_recipe_does_not_use() -> None:
     assert with_overrides(NOISE_NEAREST, {"reconstruction": "on"}).reconstruction == Reconstruction()
     chosen = with_overrides(GENIE, {"filter": "on", "filter.keep": "64"})
     assert chosen.filter == Filter(keep=64) and describe(chosen)["filter"]["keep"] == 64
+    assert with_overrides(chosen, {"filter": "on"}) == chosen  # as it is, not as by default
+    assert with_overrides(chosen, {"filter": "none"}) == GENIE
+    nearest = with_overrides(GENIE, {"reconstruction": None})
+    assert nearest.reconstruction is None and replace(nearest, reconstruction=Reconstruction()) == GENIE
+    with pytest.raises(UsageError, match="no setting 'filter'"):
+        with_overrides(chosen, {"filter": 64})
     with pytest.raises(UsageError, match="at least 1"):
         with_overrides(NOISE_NEAREST, {"synthesis.num_images": 0})
+
+
+def test_fine_tuning_and_its_parts_are_settings_of_any_recipe() -> None:
+    chosen = with_overrides(
+        GENIE,
+        {
+            "fine_tuning": "on",
+            "fine_tuning.maps": "on",
+            "fine_tuning.maps.weight": "200",
+            "fine_tuning.labels": "on",
+            "fine_tuning.labels.threshold": 0.5,
+            "fine_tuning.low_pass": "on",
+            "fine_tuning.low_pass.unit": "bins",
+            "fine_tuning.low_pass.cutoff": 8,
+            "low_pass": "on",
+        },
+    )
+    assert chosen.fine_tuning == FineTuning(
+        maps=MapAlignment(weight=200.0),
+        labels=ClassLabels(threshold=0.5),
+        low_pass=LowPass(cutoff=8.0, unit="bins"),
+    )
+    assert chosen.low_pass == LowPass() and chosen.reconstruction == GENIE.reconstruction
+    assert describe(chosen)["fine_tuning"]["maps"] == {
+        "kind": "MapAlignment",
+        "weight": 200.0,
+        "channels": "all",
+    }
+    assert "perturbation" not in describe(chosen)["fine_tuning"]
+    with pytest.raises(UsageError, match="fine_tuning has no loss"):
+        with_overrides(
+            chosen,
+            {"fine_tuning.maps": "none", "fine_tuning.labels": "none", "fine_tuning.distillation": "none"},
+        )
+    for name in ("hast", "synq"):
+        recipe = RECIPES[name]
+        assert recipe.scheme.ends == "same" and recipe.reconstruction is None
 
 
 def test_several_overrides_apply_in_order() -> None:
@@ -184,6 +232,15 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
     scaled = with_budget(recipe, budget)
     if budget == "paper":
         assert scaled is recipe
+        published_for_large = with_budget(recipe, budget, input_size=(3, 224, 224))
+        if recipe.fine_tuning is None:
+            assert published_for_large is recipe
+        else:
+            tuning = published_for_large.fine_tuning
+            assert tuning is not None and tuning.batch_size == LARGE_BATCH
+            assert tuning.lr == pytest.approx(LARGE_FACTOR * recipe.fine_tuning.lr)
+            same = replace(tuning, batch_size=recipe.fine_tuning.batch_size, lr=recipe.fine_tuning.lr)
+            assert replace(published_for_large, fine_tuning=same) == recipe
         return
     num_images, synthesis_steps, reconstruction_steps = COUNTS[budget, False]
     assert with_budget(recipe, budget, input_size=(3, 64, 64)) == scaled
@@ -214,7 +271,17 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
         factor = scaled.refinement.lr_generator / recipe.refinement.lr_generator
         assert scaled.refinement.lr_latent == pytest.approx(factor * recipe.refinement.lr_latent)
         assert factor == pytest.approx(min(500 / counts[0], MAX_REFINEMENT_FACTOR))
-    published_stages = {name: getattr(recipe, name) for name in ("synthesis", "refinement", "reconstruction")}
+    if scaled.fine_tuning is not None and recipe.fine_tuning is not None:
+        tuning, published_tuning = scaled.fine_tuning, recipe.fine_tuning
+        counts = (tuning.epochs, tuning.iterations, tuning.batch_size)
+        assert counts == FINE_TUNING_COUNTS[budget, False]
+        assert tuning.lr == pytest.approx(FINE_TUNING_FACTOR * published_tuning.lr)
+        assert 0 < tuning.lr_decay_epochs < tuning.epochs and tuning.lr_decays == 1
+        losses = ("distillation", "labels", "maps", "features", "perturbation", "low_pass", "ranges")
+        assert all(getattr(tuning, name) == getattr(published_tuning, name) for name in losses)
+        assert large.fine_tuning.lr == pytest.approx(tuning.lr * LARGE_FACTOR)
+    stages = ("synthesis", "refinement", "reconstruction", "fine_tuning")
+    published_stages = {name: getattr(recipe, name) for name in stages}
     assert replace(scaled, **published_stages) == recipe
 
 

@@ -11,13 +11,14 @@ from quantization_networks import SIZE, Residual, images, teacher
 
 from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
 from zsq.images.prompts import TextToImage
-from zsq.images.settings import Synthesis
+from zsq.images.settings import LowPass, Synthesis
 from zsq.models import Teacher
 from zsq.pipeline import compose_recipe, quantize
 from zsq.progress import Progress
 from zsq.recipe import Calibration, GaussianNoise, GivenImages, Recipe, describe
 from zsq.recipes import RECIPES, get_recipe
 from zsq.recipes.genie import GENIE
+from zsq.recover.settings import FineTuning, MapAlignment
 from zsq.run import Run
 from zsq.student import student_to_bytes
 
@@ -41,6 +42,7 @@ def shrunk(recipe: Recipe, **changes: Any) -> Recipe:
     chosen = recipe.filter and replace(recipe.filter, keep=12, then=replace(recipe.filter, keep=10))
     reconstruction = recipe.reconstruction and replace(recipe.reconstruction, steps=3, batch_size=5)
     refinement = recipe.refinement and replace(recipe.refinement, steps=2, warmup_steps=2)
+    tuning = recipe.fine_tuning and replace(recipe.fine_tuning, epochs=2, iterations=2, batch_size=5)
     return replace(
         recipe,
         **{
@@ -48,6 +50,7 @@ def shrunk(recipe: Recipe, **changes: Any) -> Recipe:
             "filter": chosen,
             "refinement": refinement,
             "reconstruction": reconstruction,
+            "fine_tuning": tuning,
             "num_holdout": 2,
             **changes,
         },
@@ -61,7 +64,9 @@ def run(model: Teacher, recipe: Recipe, seed: int = 0, **options: Any) -> Run:
 
 def test_the_table() -> None:
     baselines = {"given", "given-nearest", "noise", "noise-nearest"}
-    assert set(RECIPES) == {"genie", "sadag", "zeroq", "dsg", "dfq", "genq", "mixup_class", *baselines}
+    fine_tuned = {"intraq", "hast", "synq", "genie-synq"}
+    others = {"genie", "sadag", "zeroq", "dsg", "dfq", "genq", "mixup_class"}
+    assert set(RECIPES) == others | fine_tuned | baselines
     for name, recipe in RECIPES.items():
         assert recipe.name == name and recipe.paper and get_recipe(name) is recipe
     assert compose_recipe("genie") == GENIE
@@ -90,6 +95,7 @@ def test_runs_and_one_seed_gives_one_result(
     json.dumps(first.record, allow_nan=False)
     learned = [u["snr"] != u["snr_nearest"] for u in first.record["results"]["units"]]
     assert any(learned) if recipe.reconstruction else not any(learned)
+    assert ("fine_tuning" in first.record["results"]) == (recipe.fine_tuning is not None)
 
 
 @pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if isinstance(r.synthesis, MadeInBatches)])
@@ -100,16 +106,27 @@ def test_synthesis_lowers_its_loss(name: str, model: Teacher) -> None:
     assert len(losses) > 5 and losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if r.fine_tuning is not None])
+def test_fine_tuning_lowers_its_loss(name: str, model: Teacher) -> None:
+    recipe = shrunk(RECIPES[name])
+    assert recipe.fine_tuning is not None
+    tuning = replace(recipe.fine_tuning, epochs=12, iterations=3, batch_size=10, augment=False, lr=1e-4)
+    found = run(model, replace(recipe, fine_tuning=tuning), bits="W3A3").record["results"]["fine_tuning"]
+    assert found["epochs"] == 12 and found["last"]["loss"] < 0.9 * found["first"]["loss"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"fold_batch_norm": True},
+        {"fine_tuning": FineTuning(epochs=1, iterations=2, batch_size=5), "low_pass": LowPass()},
+        {"fine_tuning": FineTuning(epochs=1, iterations=2, maps=MapAlignment()), "fold_batch_norm": True},
         {"calibration": Calibration(method="minmax", symmetric=False)},
         {"calibration": Calibration(method="percentile", num_images=4)},
         {"synthesis": GaussianNoise(), "fold_batch_norm": True, "reconstruction": None},
         {"num_holdout": 0},
     ],
-    ids=["fold", "minmax", "percentile", "noise-fold-nearest", "no-holdout"],
+    ids=["fold", "tuned-low-pass", "tuned-fold", "minmax", "percentile", "noise-fold-nearest", "no-holdout"],
 )
 @pytest.mark.parametrize("bits", ["W4A4", "W3"])
 def test_parts_that_no_recipe_pairs(changes: dict[str, Any], bits: str, model: Teacher) -> None:

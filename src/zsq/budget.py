@@ -7,6 +7,7 @@ from zsq.images.pixel_settings import PixelSynthesis
 from zsq.images.prompts import TextToImage
 from zsq.images.settings import Filter, Synthesis
 from zsq.recipe import Recipe
+from zsq.recover.settings import FineTuning
 
 BUDGETS = ("quick", "standard", "paper")
 LARGE = 64 * 64  # pixels of an input above which a step costs so much more that the counts are smaller
@@ -24,12 +25,23 @@ REFINEMENT_COUNTS = {
     ("quick", True): (5, 10),
     ("standard", True): (10, 20),
 }
+# The same for fine-tuning: epochs, iterations an epoch, images an iteration
+FINE_TUNING_COUNTS = {
+    ("quick", False): (5, 20, 64),
+    ("standard", False): (10, 40, 64),
+    ("quick", True): (2, 10, 16),
+    ("standard", True): (5, 20, 16),
+}
 
 # A rounding logit has to travel up to 4.8 to change its mind (the rectified sigmoid is 0 at -2.4, 1 at 2.4).
 # At the published rate of 1e-3 that takes thousands of steps; fewer steps get a rate with which it still can.
 # At 4 and more bits of a weight fewer roundings have to change, and a smaller rate is better.
 TRAVEL, TRAVEL_OF_4_BITS = 4.0, 1.6
 MAX_LR_ROUNDING = 0.02
+# Published for images of more than 64 x 64 pixels: images an iteration, and the factor of the learning rate.
+LARGE_BATCH, LARGE_FACTOR = 16, 0.1
+# Factor of the learning rate of so few steps of fine-tuning; ten times the published one diverges.
+FINE_TUNING_FACTOR = 3.0
 # Images are refined over the same sum of learning rates as in the published steps, up to this factor.
 MAX_REFINEMENT_FACTOR = 20.0
 
@@ -43,6 +55,11 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
     66.6 at both. The rates of a refinement grow as its steps become fewer, as at the published ones 30 steps
     move the images little: see the measurements in `zsq show sadag`.
 
+    The rate of fine-tuning is three times the published one. Measured on cifar10_resnet20, W3A3, 256
+    synthetic images, 100 steps on 64 of them, distillation alone, 2000 test images, seed 0: with ranges of
+    minima and maxima 62.8 before it, 74.1 at the published rate (1e-5), 77.5 at three times that, 9.8 at ten
+    times; with the ranges of the calibration 72.9 before it, 84.9 and 86.0.
+
     Args:
         recipe: with the published counts.
         budget: "quick" (minutes on two CPU cores), "standard" or "paper".
@@ -54,9 +71,14 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
     """
     if budget not in BUDGETS:
         raise UsageError(f"The budget must be one of {', '.join(BUDGETS)}, got {budget!r}.")
-    if budget == "paper":
-        return recipe
     large = input_size is not None and input_size[1] * input_size[2] > LARGE
+    if budget == "paper":
+        large_tuning = large and recipe.fine_tuning is not None
+        return (
+            replace(recipe, fine_tuning=_shortened(recipe.fine_tuning, budget, large))
+            if large_tuning
+            else recipe
+        )
     num_images, synthesis_steps, reconstruction_steps = COUNTS[budget, large]
     source = recipe.synthesis
     if isinstance(source, Synthesis):
@@ -88,7 +110,12 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
     if kept is not None:
         kept = _scaled(kept, num_images / _final_count(kept, num_images))
     return replace(
-        recipe, synthesis=source, refinement=refinement, filter=kept, reconstruction=reconstruction
+        recipe,
+        synthesis=source,
+        refinement=refinement,
+        filter=kept,
+        reconstruction=reconstruction,
+        fine_tuning=_shortened(recipe.fine_tuning, budget, large),
     )
 
 
@@ -102,6 +129,26 @@ def _final_count(chosen: Filter | None, count: int) -> int:
 def _scaled(chosen: Filter, factor: float) -> Filter:
     then = None if chosen.then is None else _scaled(chosen.then, factor)
     return replace(chosen, keep=max(1, round(chosen.keep * factor)), then=then)
+
+
+def _shortened(tuning: FineTuning | None, budget: str, large: bool) -> FineTuning | None:
+    """Fine-tuning with the counts of a budget; its rate decays once, for the last fifth."""
+    if tuning is None:
+        return None
+    if large:  # the recipe holds what HAST and SynQ have for CIFAR; this is what they have for ImageNet
+        tuning = replace(tuning, batch_size=LARGE_BATCH, lr=_plain(tuning.lr * LARGE_FACTOR))
+    if budget == "paper":
+        return tuning
+    epochs, iterations, batch_size = FINE_TUNING_COUNTS[budget, large]
+    return replace(
+        tuning,
+        epochs=epochs,
+        iterations=iterations,
+        batch_size=batch_size,
+        lr=_plain(tuning.lr * FINE_TUNING_FACTOR),
+        lr_decay_epochs=max(1, epochs * 4 // 5),
+        lr_decays=1,
+    )
 
 
 def _rounding_rate(published: float, steps: int, bits: int) -> float:
@@ -118,3 +165,8 @@ def _pixels(published: PixelSynthesis, num_images: int, steps: int) -> PixelSynt
         centres = replace(centres, steps=max(1, round(centres.steps * steps / published.steps)))
     num_images = min(published.num_images, num_images)
     return replace(published, num_images=num_images, steps=steps, centres=centres)
+
+
+def _plain(number: float) -> float:
+    """Without the digits that a product in floating point adds: 3e-05, not 3.0000000000000004e-05."""
+    return float(f"{number:.6g}")

@@ -27,7 +27,7 @@ from zsq.images.prior import input_prior
 from zsq.images.prompts import TextToImage
 from zsq.memory import cache_bytes, read_bytes
 from zsq.models import Teacher, load_model
-from zsq.progress import Callback, Progress, silent
+from zsq.progress import Callback, silent, unit_log
 from zsq.quant.scheme import parse_bits
 from zsq.recipe import GivenImages, Recipe, StatisticalRanges, with_overrides
 from zsq.recipe_images import (
@@ -52,6 +52,7 @@ from zsq.run import (
     write_images,
 )
 from zsq.student import stored_bytes
+from zsq.student_fine_tuning import check_losses, fine_tuned
 from zsq.student_images import attached, check_shaping, refines
 from zsq.text_images import plan_identity, prompts_of
 from zsq.without_images import check_statistics
@@ -225,7 +226,7 @@ def synthesize_images(
     found = make_images(graph, teacher, settings, None, seed, target, state, account, keep_sources=keep)
     if made is not None:
         made.update({name: state[name] for name in made_names(settings)})
-    if refines(settings) or settings.filter is not None:
+    if refines(settings) or settings.filter is not None or settings.low_pass is not None:
         networks = attached(graph, settings, input_prior(teacher.spec))
         found = shape_images(networks, found, settings, teacher.spec, seed, state, account)
     if folder is not None:
@@ -262,6 +263,7 @@ def _check_graph(graph: fx.GraphModule, settings: Recipe, teacher: Teacher) -> N
     except ValueError as error:
         raise UsageError(f"There is nothing to quantize in this model: {error}.") from error
     check_shaping(graph, settings)
+    check_losses(graph, settings)
     if isinstance(settings.synthesis, MadeInBatches):
         observe(graph)
     if isinstance(settings.synthesis, PixelSynthesis) and settings.synthesis.classes is not None:
@@ -299,17 +301,8 @@ def _run_stages(
     images = made.images
     with account.timed("reconstruct"):
         learning = None if settings.scheme.is_eight_bit else settings.reconstruction
-        steps = learning.steps if learning else 1
-        position = {unit.name: i for i, unit in enumerate(units)}
-
-        taken_over = set(state)
-
-        def log(unit: str, step: int, _: int, values: dict[str, float]) -> None:
-            index = position[unit]
-            done = index * steps + (step + 1 if step >= 0 else steps)
-            resumed = unit_name(index) in taken_over
-            account(Progress("reconstruct", unit, done, len(units) * steps, values, resumed))
-
+        names = [unit.name for unit in units]
+        resumed = {name for index, name in enumerate(names) if unit_name(index) in state}
         results = reconstruct(
             original,
             student,
@@ -320,10 +313,11 @@ def _run_stages(
             calibration=settings.calibration,
             seed=seed,
             finished=state,
-            log=log,
+            log=unit_log(account, "reconstruct", names, learning.steps if learning else 1, resumed),
             group=account.group,
             storage=_storage(original, units, len(images), bound, scratch),
         )
+    tuned = fine_tuned(networks, images, made.labels, settings, seed, state, account)
     with account.timed("holdout"):
         unseen = isinstance(settings.calibration, StatisticalRanges) and learning is None
         holdout = images if unseen else make_holdout(graph, teacher, settings, seed, state, account)
@@ -336,6 +330,7 @@ def _run_stages(
         "measured": {},
         "estimated_without_data": estimates,
         "units": [asdict(result) for result in results],
+        **({"fine_tuning": asdict(tuned)} if tuned is not None else {}),
         "bits": {
             "weights": {n: int(student.get_submodule(q).bits) for n, q in quantizers.weights.items()},  # type: ignore[arg-type]
             "activations": {n: int(student.get_submodule(q).bits) for n, q in quantizers.activations.items()},  # type: ignore[arg-type]

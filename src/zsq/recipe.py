@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 from zsq.errors import UsageError
 from zsq.images.pixel_settings import PixelSynthesis
 from zsq.images.prompts import TextToImage
-from zsq.images.settings import Filter, Refinement, Synthesis
+from zsq.images.settings import Filter, LowPass, Refinement, Synthesis
 from zsq.quant.scheme import Scheme
+from zsq.recover.settings import FineTuning, MapAlignment
 
 T = TypeVar("T")
 
@@ -126,6 +127,7 @@ class Reconstruction:
         warmup: share of the steps before the regulariser sets in.
         beta_start, beta_end: exponent of the regulariser, linear between the end of the warm-up and the last
             step; at least 1.
+        maps: class activation maps at the output of the last unit that has positions, added to its distance.
     """
 
     steps: int = 20000
@@ -139,6 +141,7 @@ class Reconstruction:
     warmup: float = 0.2
     beta_start: float = 20.0
     beta_end: float = 2.0
+    maps: MapAlignment | None = None
 
     def __post_init__(self) -> None:
         _at_least(1, reconstruction_steps=self.steps, reconstruction_batch_size=self.batch_size)
@@ -165,9 +168,11 @@ class Recipe:
         synthesis: where the images come from.
         refinement: how synthetic images are moved afterwards; None leaves them. At 8 bits they stay.
         filter: which of the images are kept; None keeps all.
+        low_pass: blurs the images before anything is calibrated or learned on them.
         num_holdout: images made besides, used for nothing but the agreement that is reported.
         calibration: activation ranges.
         reconstruction: None to keep rounding to nearest.
+        fine_tuning: end to end, after the reconstruction if there is one; None for no fine-tuning.
     """
 
     name: str
@@ -179,9 +184,11 @@ class Recipe:
     synthesis: Source = field(default_factory=Synthesis)
     refinement: Refinement | None = None
     filter: Filter | None = None
+    low_pass: LowPass | None = None
     num_holdout: int = 32
     calibration: Calibration | StatisticalRanges = field(default_factory=Calibration)
     reconstruction: Reconstruction | None = field(default_factory=Reconstruction)
+    fine_tuning: FineTuning | None = None
 
 
 def with_overrides(recipe: Recipe, overrides: typing.Mapping[str, str | int | float | bool | None]) -> Recipe:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from zsq.account import Account
 from zsq.errors import UsageError
+from zsq.images.low_pass import low_pass, low_pass_gain
 from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
 from zsq.images.pixels import synthesize_pixels
 from zsq.images.prior import input_prior
@@ -108,7 +109,7 @@ def shape_images(
     state: State,
     account: Account,
 ) -> ImageSet:
-    """What depends on a student: refinement, then the filters; the images as they are without either."""
+    """Refinement against a student, the filters, the low-pass; the images as they are without any of them."""
     if refines(settings):
         with account.timed("refine"):
             images = refined_images(networks, made.images, settings, spec, seed, state, state, account)
@@ -116,7 +117,15 @@ def shape_images(
     if settings.filter is not None:
         with account.timed("filter"):
             made = made.only(kept_images(networks, made.images, settings, seed, labels=made.labels))
-    return made
+    return replace(made, images=blurred_images(made.images, settings))
+
+
+def blurred_images(images: Tensor, settings: Recipe) -> Tensor:
+    """The images after the recipe's low-pass filter, if it has one."""
+    if settings.low_pass is None:
+        return images
+    height, width = images.shape[-2:]
+    return low_pass(images, low_pass_gain(settings.low_pass, height, width, images.device))
 
 
 def made_names(settings: Recipe) -> list[str]:
@@ -206,7 +215,9 @@ def make_holdout(
             alone = replace(alone, centres=None)
         own_seed = derived_seed(seed, "holdout")
         state["holdout"] = {
-            "images": _synthesize(graph, alone, teacher.spec, own_seed, {}, account, stage="holdout")
+            "images": blurred_images(
+                _synthesize(graph, alone, teacher.spec, own_seed, {}, account, stage="holdout"), settings
+            )
         }
     return state["holdout"]["images"]
 

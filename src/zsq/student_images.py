@@ -27,7 +27,7 @@ from zsq.images.scores import (
 from zsq.images.settings import Filter, Refinement, Scope, Synthesis
 from zsq.images.synthesize import Batch, batch_from_piece, batch_names
 from zsq.models import ModelSpec
-from zsq.progress import Callback, Progress
+from zsq.progress import Callback, Progress, unit_log
 from zsq.quant.attach import Quantizers, attach
 from zsq.recipe import Recipe, Reconstruction
 from zsq.recover.reconstruct import reconstruct, unit_name
@@ -226,14 +226,9 @@ def _short_student(
         steps, rate = refinement.warmup_steps, refinement.warmup_lr_rounding
         learning = replace(learning, steps=steps, lr_rounding=rate)
     finished = Prefixed(state, "warmup-")
-    resumed = {unit.name for i, unit in enumerate(networks.units) if unit_name(i) in finished}
-    each = learning.steps if learning else 1
-    position = {unit.name: i for i, unit in enumerate(networks.units)}
-
-    def log(unit: str, step: int, _: int, values: dict[str, float]) -> None:
-        done = position[unit] * each + (step + 1 if step >= 0 else each)
-        report(Progress("warm-up", unit, done, len(position) * each, values, unit in resumed))
-
+    names = [unit.name for unit in networks.units]
+    resumed = {name for index, name in enumerate(names) if unit_name(index) in finished}
+    log = unit_log(report, "warm-up", names, learning.steps if learning else 1, resumed)
     return _learned(networks, images, settings, learning, derived_seed(seed, "warmup"), finished, log)
 
 

@@ -202,3 +202,25 @@ def plateau_factor(stage: str, factor: float) -> None:
     """
     if not 0 < factor < 1:
         raise UsageError(f"{stage}.plateau_factor is {factor}. Expected a number between 0 and 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowPass:
+    """Gaussian low-pass filter in the frequency domain (SynQ).
+
+    Attributes:
+        cutoff: frequency at which the gain has fallen to exp(-1/2). SynQ's code: 80 bins of images of 224
+            pixels; searched 20 to 100. Its pictures of 32 pixels were made with 8 bins, 0.25.
+        unit: of it. "size": share of the number of pixels along each axis, where 0.5 is the highest frequency
+            there is; the same blur in pixels at any size. "bins": periods an image, as published; the same
+            number blurs small images less.
+    """
+
+    cutoff: float = 0.357
+    unit: Literal["size", "bins"] = "size"
+
+    def __post_init__(self) -> None:
+        if not self.cutoff > 0:
+            raise UsageError(f"low_pass.cutoff is {self.cutoff}. Expected above 0.")
+        if self.unit not in ("size", "bins"):
+            raise UsageError(f"low_pass.unit is {self.unit!r}. Expected size or bins.")

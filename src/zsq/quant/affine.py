@@ -58,13 +58,22 @@ def choose_qparams(lo: Tensor, hi: Tensor, *, qmin: int, qmax: int, symmetric: b
     elif symmetric:
         scale = hi.clamp(min=0) / qmax
     else:
-        scale = (hi.clamp(min=0) - lo.clamp(max=0)) / (qmax - qmin)
+        scale, zero_point = asymmetric_qparams(lo, hi, qmin=qmin, qmax=qmax)
     if not bool(((lo <= hi) & torch.isfinite(scale)).all()):
         raise ValueError(f"range must be finite with lo <= hi, got lo {_brief(lo)} and hi {_brief(hi)}")
-    scale = scale.clamp(min=MIN_SCALE)
     if symmetric:
-        return scale, torch.zeros_like(scale)
-    return scale, (qmin - lo.clamp(max=0) / scale).round_().clamp_(qmin, qmax)
+        return scale.clamp(min=MIN_SCALE), torch.zeros_like(scale)
+    return scale, zero_point
+
+
+def asymmetric_qparams(lo: Tensor, hi: Tensor, *, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+    """`choose_qparams`, asymmetric, without its checks, for which the host would wait for the device.
+
+    A range of NaN or infinity gives a scale of NaN or infinity.
+    """
+    lo = lo.clamp(max=0)
+    scale = ((hi.clamp(min=0) - lo) / (qmax - qmin)).clamp(min=MIN_SCALE)
+    return scale, (qmin - lo / scale).round_().clamp_(qmin, qmax)
 
 
 def along_axis(values: Tensor, x: Tensor, axis: int | None) -> Tensor:

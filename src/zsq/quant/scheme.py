@@ -119,8 +119,8 @@ def place(graph: fx.Graph, scheme: Scheme) -> Placement:
     """
     nodes = activations(graph)
     layers = [n for n in nodes if weight_node(n) is not None]
-    depth = _depths(nodes)
-    last = {n for n in layers if not _leads_to_layer(n)}
+    depth = layer_depths(nodes)
+    last = {n for n in layers if not leads_to_layer(n)}
     eight_bit_ends = scheme.ends == "8bit"
     weights = {
         n.name: 8 if eight_bit_ends and (depth[n] == 1 or n in last) else scheme.weight_bits for n in layers
@@ -152,7 +152,7 @@ def place(graph: fx.Graph, scheme: Scheme) -> Placement:
     )
 
 
-def _depths(nodes: list[fx.Node]) -> dict[fx.Node, int]:
+def layer_depths(nodes: list[fx.Node]) -> dict[fx.Node, int]:
     """For every tensor, the largest number of layers on a path from the images to it (its own included)."""
     depth: dict[fx.Node, int] = {}
     for node in nodes:
@@ -161,7 +161,8 @@ def _depths(nodes: list[fx.Node]) -> dict[fx.Node, int]:
     return depth
 
 
-def _leads_to_layer(node: fx.Node) -> bool:
+def leads_to_layer(node: fx.Node) -> bool:
+    """Whether a convolution or linear layer is computed from this node."""
     seen, pending = {node}, list(node.users)
     while pending:
         user = pending.pop()

@@ -5,9 +5,13 @@ from zsq.recipe import Recipe
 from zsq.recipes.baselines import GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST
 from zsq.recipes.dfq import DFQ
 from zsq.recipes.genie import GENIE
+from zsq.recipes.genie_synq import GENIE_SYNQ
 from zsq.recipes.genq import GENQ
+from zsq.recipes.hast import HAST
+from zsq.recipes.intraq import INTRAQ
 from zsq.recipes.mixup_class import MIXUP_CLASS
 from zsq.recipes.sadag import SADAG
+from zsq.recipes.synq import SYNQ
 from zsq.recipes.zeroq import DSG, ZEROQ
 
 _ALL = (
@@ -16,6 +20,10 @@ _ALL = (
     ZEROQ,
     DSG,
     DFQ,
+    INTRAQ,
+    HAST,
+    SYNQ,
+    GENIE_SYNQ,
     GENQ,
     MIXUP_CLASS,
     GIVEN,

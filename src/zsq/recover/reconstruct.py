@@ -25,6 +25,7 @@ from zsq.quant.rounding import rounding_regulariser
 from zsq.recipe import Calibration, Reconstruction, StatisticalRanges
 from zsq.recover.losses import energies, output_distance, signal_to_noise
 from zsq.recover.storage import MEMORY, Storage
+from zsq.recover.unit_maps import UnitMaps, map_unit, unit_maps
 from zsq.rng import rng_for
 
 CHUNK = 64  # images a forward pass when caching
@@ -118,6 +119,8 @@ def reconstruct(
         cache[next(n.name for n in teacher.graph.nodes if n.op == "placeholder")] = images
     results = []
     settled: set[nn.Module] = set()  # quantizers of finished units
+    alignment = None if settings is None else settings.maps
+    shown = None if alignment is None else map_unit(teacher.graph, units)
     for index, unit in enumerate(units):
         teacher_part = extract(teacher, unit.inputs, unit.outputs)
         student_part = extract(student, unit.inputs, unit.outputs)
@@ -139,6 +142,10 @@ def reconstruct(
             if settings is not None:
                 outputs.clear()  # not held while learning
                 nearest = {name: copy.deepcopy(q) for name, q in owned.items()}
+                maps = None
+                if alignment is not None and index == shown:
+                    size = (images.shape[2], images.shape[3])
+                    maps = unit_maps(teacher, unit, targets[0], size, alignment)
                 _reconstruct_unit(
                     teacher,
                     student_part,
@@ -148,6 +155,7 @@ def reconstruct(
                     channel_axis=_channel_axis(teacher, unit),
                     settings=settings,
                     settled=settled,
+                    maps=maps,
                     group=group,
                     storage=storage,
                     rng=rng_for(seed, "reconstruction", index),
@@ -218,6 +226,7 @@ def _reconstruct_unit(
     channel_axis: int,
     settings: Reconstruction,
     settled: Collection[nn.Module],
+    maps: UnitMaps | None,
     group: Group,
     storage: Storage,
     rng: torch.Generator,
@@ -250,10 +259,12 @@ def _reconstruct_unit(
     draw = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=rng)))
     batches = minibatches(len(targets[0]), settings.batch_size, rng)
     count = min(settings.batch_size, len(targets[0]))
-    mine = group.share(count) if count >= group.size else slice(0, count)  # else all do the same
-    rows, share = Rows(mine.start, mine.stop, count), 1 / group.size
     if count >= group.size:
+        mine = group.share(count)
         share = (mine.stop - mine.start) / count
+    else:  # all do the same
+        mine, share = slice(0, count), 1 / group.size
+    rows, rounding_weight = Rows(mine.start, mine.stop, count), settings.rounding_weight / group.size
     log_every = max(1, settings.steps // 10)
     advice = (
         "Give --memory to keep tensors between units off the device, or lower reconstruction.batch_size "
@@ -270,14 +281,16 @@ def _reconstruct_unit(
             optimizer.param_groups[1]["lr"] = settings.lr_weight_scale * cosine
             optimizer.param_groups[2]["lr"] = settings.lr_activation_scale * cosine
             distance = torch.zeros((), device=device)
-            for output, target in zip(part(*inputs), targets, strict=True):
+            outputs = part(*inputs)
+            for output, target in zip(outputs, targets, strict=True):
                 distance = distance + output_distance(output, take(target, index), channel_axis=channel_axis)
+            if maps is not None:
+                distance = distance + maps(outputs[0], take(targets[0], index), index)
             distance = distance * share  # the processes' shares add up to the mean over the minibatch
             loss, beta = distance, beta_at(step, settings)
             if beta is not None:
                 for values in logits:
-                    factor = settings.rounding_weight / group.size
-                    loss = loss + factor * rounding_regulariser(values, beta)
+                    loss = loss + rounding_weight * rounding_regulariser(values, beta)
             optimizer.zero_grad()
             loss.backward()
             group.add([p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None])
