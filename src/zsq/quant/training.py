@@ -28,7 +28,7 @@ INSIDE = 0.499  # of a step, from a code to where a weight still rounds to it wh
 
 
 def within_codes(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
-    """The weight, moved as little as possible so that the quantizer's scale rounds it to its codes.
+    """The weight, moved as little as possible so that it rounds to the quantizer's codes.
 
     Where the code is the nearest one, that is the weight itself (also beyond the range); elsewhere it is the
     edge of the code, beside the nearest one.
