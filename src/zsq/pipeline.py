@@ -59,6 +59,7 @@ def compose_recipe(
     *,
     bits: str | None = None,
     ends: str | None = None,
+    placement: str | None = None,
     budget: str = "paper",
     overrides: Mapping[str, Any] | None = None,
     input_size: tuple[int, int, int] | None = None,
@@ -66,12 +67,16 @@ def compose_recipe(
     """A recipe by name with bits, budget (for models of `input_size`) and single settings replaced in turn.
 
     Raises:
-        UsageError: an unknown name, bits, budget or setting.
+        UsageError: an unknown name, bits, ends, placement, budget or setting.
     """
     found = get_recipe(recipe) if isinstance(recipe, str) else recipe
-    if bits is not None or ends is not None:
+    if (bits, ends, placement) != (None, None, None):
         scheme = found.scheme
-        scheme = parse_bits(scheme.bits if bits is None else bits, ends=scheme.ends if ends is None else ends)
+        scheme = parse_bits(
+            scheme.bits if bits is None else bits,
+            ends=scheme.ends if ends is None else ends,
+            placement=scheme.placement if placement is None else placement,
+        )
         found = replace(found, scheme=scheme)
     return with_overrides(with_budget(found, budget, input_size=input_size), overrides or {})
 
@@ -82,6 +87,7 @@ def quantize(
     recipe: str | Recipe = "genie",
     bits: str | None = None,
     ends: str | None = None,
+    placement: str | None = None,
     budget: str = "standard",
     overrides: Mapping[str, Any] | None = None,
     images: Tensor | None = None,
@@ -102,6 +108,7 @@ def quantize(
         recipe: a name from `zsq recipes`, or a Recipe.
         bits: "W4A4", "W4A8", "W2A4", "W8A8", "W4" ...; None keeps the recipe's.
         ends: "8bit" or "same", see `Scheme`; None keeps the recipe's.
+        placement: "research" or "engine", see `Scheme`; None keeps the recipe's.
         budget: "quick", "standard" or "paper".
         overrides: single settings by dotted name, {"synthesis.steps": 500}.
         images: (N, C, H, W), normalised, float; for recipes that use given images, and in place of the
@@ -127,7 +134,13 @@ def quantize(
     teacher = load_model(model)
     size = teacher.spec.input_size
     settings = compose_recipe(
-        recipe, bits=bits, ends=ends, budget=budget, overrides=overrides, input_size=size
+        recipe,
+        bits=bits,
+        ends=ends,
+        placement=placement,
+        budget=budget,
+        overrides=overrides,
+        input_size=size,
     )
     if images is not None:
         settings = with_given_images(settings, teacher, images)

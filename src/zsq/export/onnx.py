@@ -13,6 +13,7 @@ from zsq._version import __version__
 from zsq.errors import JobError, UsageError, import_extra
 from zsq.export.builder import EXTRA, Builder
 from zsq.export.codes import stored_activation, stored_weight
+from zsq.export.integer import quantize_for_fusion, reads_codes
 from zsq.export.layers import StoredWeight
 from zsq.export.operations import emit
 from zsq.export.prepare import batch_norm_affine, prepared
@@ -133,7 +134,10 @@ def lower(
             codes[name] = stored_activation(module, target, widths)
     narrowest = min((stored.width for stored in codes.values()), default=8)
     weights_only = not any(isinstance(m, ActivationQuantizer) for m in student.modules())
-    b = Builder(exact=narrowest < 8 or weights_only or (target.rounds_biases and min(widths) < 8))
+    careful = target.rounds_biases and min(widths) < 8 and not reads_codes(student)
+    b = Builder(exact=narrowest < 8 or weights_only or careful)
+    if not b.exact:
+        quantize_for_fusion(student)
     values: dict[fx.Node, Any] = {}
     inputs, outputs = [], []
     for node in student.graph.nodes:
@@ -250,6 +254,7 @@ def _metadata(run: Run, target: Target, container: str | None) -> dict[str, str]
         "zsq.recipe": str(record.get("recipe", {}).get("name", "")),
         "zsq.bits": str(record.get("bits", "")),
         "zsq.ends": str(record.get("recipe", {}).get("scheme", {}).get("ends", "")),
+        "zsq.placement": "engine" if reads_codes(run.student) else "research",
         "zsq.seed": str(record.get("seed", "")),
         "zsq.teacher": str(model.get("name", "")),
         "zsq.teacher_sha256": str(model.get("sha256", "")),
