@@ -12,10 +12,12 @@ from torch import Tensor, fx, nn
 
 from zsq.graph.blocks import split
 from zsq.graph.capture import activations, aten, capture, output_nodes, weight_node
+from zsq.models import ModelSpec
 from zsq.pipeline import compose_recipe
 from zsq.quant.attach import attach
 from zsq.quant.calibrate import calibrate
 from zsq.quant.engine_placement import CARRIERS, CAT, place_for_engine
+from zsq.quant.image_range import set_image_ranges
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from zsq.quant.scheme import Scheme, parse_bits, place
 from zsq.recipe import Calibration, Reconstruction, describe
@@ -289,6 +291,33 @@ class _Values(fx.Interpreter):
         if isinstance(result, Tensor):
             self.found[n.name] = result
         return result
+
+
+def test_images_have_the_range_of_pixels() -> None:
+    teacher = graph_of("resnet")
+    spec = ModelSpec(input_size=SIZE, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.5), crop_fraction=1.0)
+    student, quantizers = attach(teacher, W4A4)
+    set_image_ranges(teacher, student, quantizers, spec)
+    quantizer = student.get_submodule(quantizers.activations["x"])
+    assert isinstance(quantizer, ActivationQuantizer)
+    codes = torch.tensor([0.0, 255.0])
+    lo, hi = ((codes - quantizer.zero_point) * quantizer.scale).tolist()
+    step = float(quantizer.scale)  # -2 .. 3: the lowest and highest value over channels
+    assert lo == pytest.approx(-2, abs=step / 2) and hi == pytest.approx(3, abs=step / 2)
+    reconstruct(
+        teacher,
+        student,
+        quantizers,
+        split(teacher.graph),
+        0.1 * images(8),
+        settings=Reconstruction(steps=2, batch_size=8),
+        calibration=Calibration(num_images=8),
+        seed=0,
+        finished={},
+        log=lambda *_: None,
+    )
+    assert float(quantizer.scale) == step  # neither calibrated nor learned
+    assert all(bool(m.scale.isfinite()) for m in student.modules() if isinstance(m, ActivationQuantizer))
 
 
 # ---- what users see

@@ -232,7 +232,7 @@ def synthesize_images(
     if made is not None:
         made.update({name: state[name] for name in batch_names(settings)})
     if refines(settings) or settings.filter is not None:
-        networks = attached(graph, settings)
+        networks = attached(graph, settings, teacher.spec)
         images = shape_images(networks, images, settings, teacher.spec, seed, state, account)
     if folder is not None:
 
@@ -287,7 +287,7 @@ def _run_stages(
     with account.timed("synthesize"):
         images = make_images(graph, teacher, settings, given, seed, device, state, account)
     with account.timed("quantize"):
-        networks = attached(graph, settings)
+        networks = attached(graph, settings, teacher.spec)
         original, student, units = networks.original, networks.student, networks.units
         quantizers = networks.quantizers
     images = shape_images(networks, images, settings, teacher.spec, seed, state, account)

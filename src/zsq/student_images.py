@@ -21,6 +21,7 @@ from zsq.images.synthesize import Batch, batch_from_piece, batch_name, batch_siz
 from zsq.models import ModelSpec
 from zsq.progress import Callback, Progress
 from zsq.quant.attach import Quantizers, attach
+from zsq.quant.image_range import set_image_ranges
 from zsq.recipe import Recipe, Reconstruction
 from zsq.recover.reconstruct import reconstruct, unit_name
 from zsq.rng import derived_seed, rng_for
@@ -46,10 +47,11 @@ class Networks:
     units: tuple[Unit, ...]
 
 
-def attached(graph: fx.GraphModule, settings: Recipe) -> Networks:
-    """Fold as the recipe says, split, attach quantizers."""
+def attached(graph: fx.GraphModule, settings: Recipe, spec: ModelSpec) -> Networks:
+    """Fold as the recipe says, split, attach quantizers; those of images have their range already."""
     original = fold_batch_norms(graph)[0] if settings.fold_batch_norm else graph
     student, quantizers = attach(original, settings.scheme)
+    set_image_ranges(original, student, quantizers, spec)
     return Networks(graph, original, student, quantizers, split(original.graph))
 
 

@@ -96,10 +96,8 @@ def export_onnx(
                 + ("." if existing.is_dir() else ", or give --force to replace it.")
             )
     loaded = run if isinstance(run, Run) else load_run(run)
-    student, notes = prepared(loaded.student, loaded.images, engine)
     about = _metadata(loaded, engine, container)
-    content = serialized(lower(student, engine, widths, about))
-    check = verify(content, student, loaded.student, loaded.images)
+    content, check, notes = checked(loaded, engine, widths, about)
     export = Export(file, settings, len(content), check, (*notes, *engine.notes))
     write_atomic(file, content)
     try:
@@ -110,13 +108,27 @@ def export_onnx(
     return export
 
 
+def checked(
+    run: Run, target: Target, widths: tuple[int, ...], metadata: dict[str, str]
+) -> tuple[bytes, Verification, list[str]]:
+    """The bytes of a run's file, how they compared with the student, and notes; arguments as for `lower`.
+
+    Raises:
+        UsageError: an operation that has no ONNX form, or a damaged run.
+        JobError: the file does not compute what the student computes.
+    """
+    student, notes = prepared(run.student, run.images, target)
+    content = serialized(lower(student, target, widths, metadata))
+    return content, verify(content, student, run.student, run.images), notes
+
+
 def lower(
     student: fx.GraphModule, target: Target, widths: tuple[int, ...], metadata: dict[str, str]
 ) -> "ir.Model":
     """The ONNX model of a prepared student (see `prepared`).
 
     Args:
-        student: with shapes and folded BatchNorms.
+        student: with shapes and folded BatchNorms; quantizers may be added to it.
         target: the engine.
         widths: of containers that codes may be stored in.
         metadata: what the file says about itself.
@@ -133,7 +145,7 @@ def lower(
         elif isinstance(module, ActivationQuantizer):
             codes[name] = stored_activation(module, target, widths)
     narrowest = min((stored.width for stored in codes.values()), default=8)
-    weights_only = not any(isinstance(m, ActivationQuantizer) for m in student.modules())
+    weights_only = bool(codes) and not any(isinstance(m, ActivationQuantizer) for m in student.modules())
     careful = target.rounds_biases and min(widths) < 8 and not reads_codes(student)
     b = Builder(exact=narrowest < 8 or weights_only or careful)
     if not b.exact:

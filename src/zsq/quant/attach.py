@@ -34,12 +34,14 @@ def attach(teacher: fx.GraphModule, scheme: Scheme) -> tuple[fx.GraphModule, Qua
 
     Args:
         teacher: a captured network.
-        scheme: bits and their placement.
+        scheme: bits and their placement. With placement "engine", weights of 8 bits are symmetric: codes of
+            fewer bits fit in bytes around 0 with any zero point, and engines compute slowly with others.
     """
     placement = (place_for_engine if scheme.placement == "engine" else place)(teacher.graph, scheme)
     student = fx.GraphModule(_own_tensors(teacher), copy.deepcopy(teacher.graph), "Student")
     quantizers = Quantizers(
-        weights=_attach_weights(student, placement), activations=_attach_activations(student, placement)
+        weights=_attach_weights(student, placement, symmetric=scheme.placement == "engine"),
+        activations=_attach_activations(student, placement),
     )
     student.graph.eliminate_dead_code()
     student.delete_all_unused_submodules()
@@ -67,7 +69,7 @@ def _own_tensors(teacher: fx.GraphModule) -> nn.Module:
     return root
 
 
-def _attach_weights(student: fx.GraphModule, placement: Placement) -> dict[str, str]:
+def _attach_weights(student: fx.GraphModule, placement: Placement, *, symmetric: bool) -> dict[str, str]:
     names: dict[str, str] = {}
     for node in list(student.graph.nodes):
         weight = weight_node(node)
@@ -80,6 +82,7 @@ def _attach_weights(student: fx.GraphModule, placement: Placement) -> dict[str, 
             get_tensor(student, str(weight.target)),
             bits=placement.weights[node.name],
             axis=LAYERS[node.target],
+            symmetric=symmetric and placement.weights[node.name] == 8,
         )
         student.add_submodule(name, quantizer)
         with student.graph.inserting_before(node):

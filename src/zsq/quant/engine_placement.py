@@ -167,7 +167,8 @@ class _Placing:
         groups: dict[fx.Node, list[fx.Node]] = {}
         for tensor in (n for n in self.nodes if n in self.wanted):
             groups.setdefault(self.group(tensor), []).append(tensor)
-        bits, shared = {}, {}
+        bits: dict[str, int] = {}
+        shared: dict[str, str] = {}
         for first, *others in groups.values():
             most = max(self.wanted[tensor] for tensor in (first, *others))
             bits |= {tensor.name: most for tensor in (first, *others)}

@@ -106,7 +106,8 @@ def reconstruct(
     the latter: with few steps the published rates, absolute numbers, are too coarse for 8-bit scales.
 
     An activation quantizer that several units call belongs to the first of them; the others take it as it is.
-    If tensors of several units share it, its first range fits the teacher's tensors.
+    If tensors of several units share it, its first range fits the teacher's tensors. One that has a range
+    already keeps it.
 
     Source: BRECQ (arXiv:2102.05426) for the units, QDrop (2203.05740) for the drops, Genie (2212.04780) for
     learning rounding and scales together.
@@ -118,7 +119,10 @@ def reconstruct(
     for cache in caches:
         cache[next(n.name for n in teacher.graph.nodes if n.op == "placeholder")] = images
     results = []
-    settled: set[nn.Module] = set()  # quantizers of finished units
+    # Quantizers of finished units, and those whose range was set beforehand.
+    settled: set[nn.Module] = {
+        m for m in student.modules() if isinstance(m, ActivationQuantizer) and bool(m.scale.isfinite())
+    }
     ranged = _range_across_units(teacher, student, units, images, calibration)
     for index, unit in enumerate(units):
         teacher_part = extract(teacher, unit.inputs, unit.outputs)
