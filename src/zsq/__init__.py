@@ -13,6 +13,7 @@ from zsq.errors import JobError, UsageError, ZsqError
 if TYPE_CHECKING:
     from zsq.allocator import keep_freed_memory
     from zsq.evaluate import accuracy
+    from zsq.export.latency import Latency, bench_latency
     from zsq.export.onnx import Export, export_onnx
     from zsq.models import ModelSpec, Teacher, load_model
     from zsq.pipeline import compose_recipe, quantize, synthesize_images
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "Export": "zsq.export.onnx",
+    "Latency": "zsq.export.latency",
     "ModelSpec": "zsq.models",
     "RECIPES": "zsq.recipes",
     "Recipe": "zsq.recipe",
     "Run": "zsq.run",
     "Teacher": "zsq.models",
     "accuracy": "zsq.evaluate",
+    "bench_latency": "zsq.export.latency",
     "compose_recipe": "zsq.pipeline",
     "export_onnx": "zsq.export.onnx",
     "keep_freed_memory": "zsq.allocator",
@@ -41,6 +44,7 @@ __all__ = [
     "Export",
     "RECIPES",
     "JobError",
+    "Latency",
     "ModelSpec",
     "Recipe",
     "Run",
@@ -49,6 +53,7 @@ __all__ = [
     "ZsqError",
     "__version__",
     "accuracy",
+    "bench_latency",
     "compose_recipe",
     "export_onnx",
     "keep_freed_memory",

@@ -1,4 +1,4 @@
-"""The command that writes files for engines: export."""
+"""The commands around files for engines: export, bench-latency."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +12,7 @@ from zsq.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from zsq.export.latency import Latency
     from zsq.export.onnx import Export
     from zsq.export.verify import OutputDifference
 
@@ -49,6 +50,49 @@ def export(
         print_json(found.to_json())
     else:
         print_parts(*_summary(found))
+
+
+def bench_latency(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="images a call")] = 1,
+    threads: Annotated[int, typer.Option(min=1, metavar="N", help="of the engine")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="calls of each network, in turns")] = 50,
+    container: Annotated[
+        str, typer.Option(metavar="int2|int4|int8", help="as for export; int8 is computed in integers")
+    ] = "int8",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Time a run in ONNX Runtime beside the same network in float32; nothing is written."""
+    with only_result_on_stdout():
+        from zsq.export import latency
+
+        found = latency.bench_latency(
+            run, batch_size=batch_size, threads=threads, rounds=rounds, container=container
+        )
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_parts(*_latency_summary(found))
+
+
+def _latency_summary(found: "Latency") -> "list[Table | str]":
+    fused, low, high = found.fused, *found.ratio_quartiles
+    rows = [(f"{found.float_ms:.2f} ms", f"{found.quantized_ms:.2f} ms", f"{found.ratio:.2f}")]
+    integer = (
+        f"In integers: {fused.convolutions} of {fused.convolutions + fused.float_convolutions} convolutions, "
+        f"{fused.additions} of {fused.additions + fused.float_additions} additions."
+    )
+    placed = "" if fused.complete else " Quantize with --placement engine for all of them."
+    plural = "" if found.threads == 1 else "s"
+    return [
+        "",
+        f"{found.engine}, CPU, {found.threads} thread{plural}, {found.batch_size} images a call, medians of "
+        f"{found.rounds} calls in turns:",
+        grid(("float32", f"quantized, {found.container}", "times as fast"), rows, right=(0, 1, 2)),
+        f"Half of the turns gave {low:.2f} to {high:.2f} times.",
+        f"{integer}{placed}",
+    ]
 
 
 def _summary(export: "Export") -> "list[Table | str]":
