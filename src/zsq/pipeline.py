@@ -25,6 +25,7 @@ from zsq.images.settings import Synthesis
 from zsq.memory import cache_bytes, read_bytes
 from zsq.models import Teacher, load_model
 from zsq.progress import Callback, Progress, silent
+from zsq.quant.engine_biases import round_biases
 from zsq.quant.scheme import parse_bits
 from zsq.recipe import GivenImages, Recipe, with_overrides
 from zsq.recipe_images import (
@@ -318,6 +319,8 @@ def _run_stages(
             group=account.group,
             storage=_storage(original, units, len(images), bound, scratch),
         )
+        if settings.scheme.placement == "engine":
+            round_biases(student)
     with account.timed("holdout"):
         holdout = make_holdout(graph, teacher, settings, seed, state, account)
         if holdout is not None:
