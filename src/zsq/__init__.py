@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from zsq.evaluate import accuracy
     from zsq.export.latency import Latency, bench_latency
     from zsq.export.onnx import Export, export_onnx
+    from zsq.export.pt2 import Program, export_pt2
     from zsq.models import ModelSpec, Teacher, load_model
     from zsq.pipeline import compose_recipe, quantize, synthesize_images
     from zsq.recipe import Recipe
@@ -25,6 +26,7 @@ _WHERE = {
     "Export": "zsq.export.onnx",
     "Latency": "zsq.export.latency",
     "ModelSpec": "zsq.models",
+    "Program": "zsq.export.pt2",
     "RECIPES": "zsq.recipes",
     "Recipe": "zsq.recipe",
     "Run": "zsq.run",
@@ -33,6 +35,7 @@ _WHERE = {
     "bench_latency": "zsq.export.latency",
     "compose_recipe": "zsq.pipeline",
     "export_onnx": "zsq.export.onnx",
+    "export_pt2": "zsq.export.pt2",
     "keep_freed_memory": "zsq.allocator",
     "load_model": "zsq.models",
     "load_run": "zsq.run",
@@ -46,6 +49,7 @@ __all__ = [
     "JobError",
     "Latency",
     "ModelSpec",
+    "Program",
     "Recipe",
     "Run",
     "Teacher",
@@ -56,6 +60,7 @@ __all__ = [
     "bench_latency",
     "compose_recipe",
     "export_onnx",
+    "export_pt2",
     "keep_freed_memory",
     "load_model",
     "load_run",

@@ -14,17 +14,23 @@ if TYPE_CHECKING:
 
     from zsq.export.latency import Latency
     from zsq.export.onnx import Export
+    from zsq.export.pt2 import Program
     from zsq.export.verify import OutputDifference
 
-FORMATS = ("onnx",)
+FORMATS = ("onnx", "pt2")
 
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
-    to: Annotated[str, typer.Option("--to", metavar="onnx", help="kind of file")] = "onnx",
+    to: Annotated[
+        str, typer.Option("--to", metavar="onnx|pt2", help="kind of file; pt2 is a torch.export program")
+    ] = "onnx",
     target: Annotated[
-        str, typer.Option(metavar="onnxruntime|openvino|tensorrt", help="the engine that is to run it")
-    ] = "onnxruntime",
+        str | None,
+        typer.Option(
+            metavar="onnxruntime|openvino|tensorrt", help="the engine that is to run it; by default the first"
+        ),
+    ] = None,
     container: Annotated[
         str | None,
         typer.Option(
@@ -33,7 +39,7 @@ def export(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="file to write; by default RUN/student.onnx")
+        Path | None, typer.Option(metavar="FILE", help="file to write; by default RUN/student.onnx or .pt2")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the file if it exists")] = False,
     as_json: JsonOption = False,
@@ -42,10 +48,23 @@ def export(
     """Write a run as a file for an engine, after checking there that it computes the same."""
     if to not in FORMATS:
         raise UsageError(f"--to is one of {', '.join(FORMATS)}, got {to!r}.")
+    file = out or run / f"student.{to}"
+    if to == "pt2":
+        if target is not None or container is not None:
+            raise UsageError("A torch.export program has one form. Leave out --target and --container.")
+        with only_result_on_stdout():
+            from zsq.export.pt2 import export_pt2
+
+            program = export_pt2(run, file, force=force)
+        if as_json:
+            print_json(program.to_json())
+        else:
+            print_parts(*_program_summary(program))
+        return
     with only_result_on_stdout():
         from zsq.export.onnx import export_onnx
 
-        found = export_onnx(run, out or run / "student.onnx", target=target, container=container, force=force)
+        found = export_onnx(run, file, target=target or "onnxruntime", container=container, force=force)
     if as_json:
         print_json(found.to_json())
     else:
@@ -114,6 +133,18 @@ def _summary(export: "Export") -> "list[Table | str]":
         *(f"Note: {note}." for note in export.notes),
         runs,
         f"To measure accuracy on labelled images: {evaluate_line(export.path, None)}",
+    ]
+
+
+def _program_summary(program: "Program") -> "list[Table | str]":
+    head = ("output", "same class", "largest difference", "relative error")
+    rows = [(name, *rest) for name, _, *rest in (_row(d, "") for d in program.outputs)]
+    return [
+        "",
+        f"{program.path} ({bytes_text(program.size)})",
+        f"The program against the student on {program.num_images} synthetic images (not an accuracy):",
+        grid(head, rows, right=(1, 2, 3)),
+        *(f"Note: {note}." for note in program.notes),
     ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import operator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,14 +90,9 @@ def export_onnx(
         import_extra(package, EXTRA)
     file = Path(path)
     settings = file.with_name(f"{file.name}.json")
-    for existing in (file, settings):
-        if existing.is_dir() or (existing.exists() and not force):
-            raise UsageError(
-                f"{existing} exists already; nothing was changed. Choose another --out"
-                + ("." if existing.is_dir() else ", or give --force to replace it.")
-            )
+    check_free([file, settings], force=force)
     loaded = run if isinstance(run, Run) else load_run(run)
-    about = _metadata(loaded, engine, container)
+    about = metadata_of(loaded, engine, container)
     content, check, notes = checked(loaded, engine, widths, about)
     export = Export(file, settings, len(content), check, (*notes, *engine.notes))
     write_atomic(file, content)
@@ -106,6 +102,20 @@ def export_onnx(
         file.unlink(missing_ok=True)
         raise
     return export
+
+
+def check_free(files: Sequence[Path], *, force: bool) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        UsageError: one of the files exists and `force` is False, or it is a folder.
+    """
+    for existing in files:
+        if existing.is_dir() or (existing.exists() and not force):
+            raise UsageError(
+                f"{existing} exists already; nothing was changed. Choose another --out"
+                + ("." if existing.is_dir() else ", or give --force to replace it.")
+            )
 
 
 def checked(
@@ -255,7 +265,7 @@ def _outputs(b: Builder, ir: Any, values: list[Any], shapes: list[Any]) -> list[
     return found
 
 
-def _metadata(run: Run, target: Target, container: str | None) -> dict[str, str]:
+def metadata_of(run: Run, target: Target, container: str | None) -> dict[str, str]:
     """What a file says about itself, as text: recipe, bits, teacher, preprocessing."""
     record = run.record
     model = record.get("model", {})
