@@ -13,7 +13,9 @@ from zsq.errors import JobError, UsageError, ZsqError
 if TYPE_CHECKING:
     from zsq.allocator import keep_freed_memory
     from zsq.evaluate import accuracy
+    from zsq.export.latency import Latency, bench_latency
     from zsq.export.onnx import Export, export_onnx
+    from zsq.export.pt2 import Program, export_pt2
     from zsq.models import ModelSpec, Teacher, load_model
     from zsq.pipeline import compose_recipe, quantize, synthesize_images
     from zsq.recipe import Recipe
@@ -22,14 +24,18 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "Export": "zsq.export.onnx",
+    "Latency": "zsq.export.latency",
     "ModelSpec": "zsq.models",
+    "Program": "zsq.export.pt2",
     "RECIPES": "zsq.recipes",
     "Recipe": "zsq.recipe",
     "Run": "zsq.run",
     "Teacher": "zsq.models",
     "accuracy": "zsq.evaluate",
+    "bench_latency": "zsq.export.latency",
     "compose_recipe": "zsq.pipeline",
     "export_onnx": "zsq.export.onnx",
+    "export_pt2": "zsq.export.pt2",
     "keep_freed_memory": "zsq.allocator",
     "load_model": "zsq.models",
     "load_run": "zsq.run",
@@ -41,7 +47,9 @@ __all__ = [
     "Export",
     "RECIPES",
     "JobError",
+    "Latency",
     "ModelSpec",
+    "Program",
     "Recipe",
     "Run",
     "Teacher",
@@ -49,8 +57,10 @@ __all__ = [
     "ZsqError",
     "__version__",
     "accuracy",
+    "bench_latency",
     "compose_recipe",
     "export_onnx",
+    "export_pt2",
     "keep_freed_memory",
     "load_model",
     "load_run",

@@ -46,6 +46,7 @@ class Entry:
     label: str
     set: dict[str, Any] = field(default_factory=dict)
     images: bool = False
+    placement: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +147,8 @@ def _network(at: "_Fields", shared_bits: list[str]) -> Network:
 def _entry(at: "_Fields") -> Entry:
     name = at.take("name", TEXT)
     label, images = at.take("label", TEXT, name), at.take("images", FLAG, False)
-    entry = Entry(name=name, label=label, images=images, set=at.settings())
+    placement = at.take("placement", TEXT, None)
+    entry = Entry(name=name, label=label, images=images, placement=placement, set=at.settings())
     at.refuse_others()
     return entry
 
@@ -206,7 +208,7 @@ class _Fields:
             if name in ("name", "paper") or name.startswith("scheme."):
                 raise UsageError(
                     f"{self.where}: {name!r} cannot be set here. Bits and ends of a benchmark are its keys "
-                    "bits and ends."
+                    "bits and ends, placement is one of a [[recipes]] table."
                 )
         return found
 

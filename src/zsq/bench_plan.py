@@ -92,6 +92,7 @@ def plan_network(bench: Bench, network: Network) -> Plan:
                 entry.name,
                 bits=bits,
                 ends=bench.ends,
+                placement=entry.placement,
                 budget=bench.budget,
                 overrides=overrides,
                 input_size=teacher.spec.input_size,

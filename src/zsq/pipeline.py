@@ -28,6 +28,7 @@ from zsq.images.prompts import TextToImage
 from zsq.memory import cache_bytes, read_bytes
 from zsq.models import Teacher, load_model
 from zsq.progress import Callback, silent, unit_log
+from zsq.quant.engine_biases import round_biases
 from zsq.quant.scheme import parse_bits
 from zsq.recipe import GivenImages, Recipe, StatisticalRanges, with_overrides
 from zsq.recipe_images import (
@@ -65,6 +66,7 @@ def compose_recipe(
     *,
     bits: str | None = None,
     ends: str | None = None,
+    placement: str | None = None,
     budget: str = "paper",
     overrides: Mapping[str, Any] | None = None,
     input_size: tuple[int, int, int] | None = None,
@@ -72,12 +74,16 @@ def compose_recipe(
     """A recipe by name with bits, budget (for models of `input_size`) and single settings replaced in turn.
 
     Raises:
-        UsageError: an unknown name, bits, budget or setting.
+        UsageError: an unknown name, bits, ends, placement, budget or setting.
     """
     found = get_recipe(recipe) if isinstance(recipe, str) else recipe
-    if bits is not None or ends is not None:
+    if (bits, ends, placement) != (None, None, None):
         scheme = found.scheme
-        scheme = parse_bits(scheme.bits if bits is None else bits, ends=scheme.ends if ends is None else ends)
+        scheme = parse_bits(
+            scheme.bits if bits is None else bits,
+            ends=scheme.ends if ends is None else ends,
+            placement=scheme.placement if placement is None else placement,
+        )
         found = replace(found, scheme=scheme)
     return with_overrides(with_budget(found, budget, input_size=input_size), overrides or {})
 
@@ -88,6 +94,7 @@ def quantize(
     recipe: str | Recipe = "genie",
     bits: str | None = None,
     ends: str | None = None,
+    placement: str | None = None,
     budget: str = "standard",
     overrides: Mapping[str, Any] | None = None,
     images: Tensor | None = None,
@@ -108,6 +115,7 @@ def quantize(
         recipe: a name from `zsq recipes`, or a Recipe.
         bits: "W4A4", "W4A8", "W2A4", "W8A8", "W4" ...; None keeps the recipe's.
         ends: "8bit" or "same", see `Scheme`; None keeps the recipe's.
+        placement: "research" or "engine", see `Scheme`; None keeps the recipe's.
         budget: "quick", "standard" or "paper".
         overrides: single settings by dotted name, {"synthesis.steps": 500}.
         images: (N, C, H, W), normalised, float; for recipes that use given images, and in place of the
@@ -133,7 +141,13 @@ def quantize(
     teacher = load_model(model)
     size = teacher.spec.input_size
     settings = compose_recipe(
-        recipe, bits=bits, ends=ends, budget=budget, overrides=overrides, input_size=size
+        recipe,
+        bits=bits,
+        ends=ends,
+        placement=placement,
+        budget=budget,
+        overrides=overrides,
+        input_size=size,
     )
     if images is not None:
         settings = with_given_images(settings, teacher, images)
@@ -227,7 +241,7 @@ def synthesize_images(
     if made is not None:
         made.update({name: state[name] for name in made_names(settings)})
     if refines(settings) or settings.filter is not None or settings.low_pass is not None:
-        networks = attached(graph, settings, input_prior(teacher.spec))
+        networks = attached(graph, settings, teacher.spec)
         found = shape_images(networks, found, settings, teacher.spec, seed, state, account)
     if folder is not None:
 
@@ -294,7 +308,7 @@ def _run_stages(
     with account.timed("synthesize"):
         made = make_images(graph, teacher, settings, given, seed, device, state, account)
     with account.timed("quantize"):
-        networks = attached(graph, settings, input_prior(teacher.spec))
+        networks = attached(graph, settings, teacher.spec)
         original, student, units = networks.original, networks.student, networks.units
         quantizers = networks.quantizers
     made = shape_images(networks, made, settings, teacher.spec, seed, state, account)
@@ -318,6 +332,8 @@ def _run_stages(
             storage=_storage(original, units, len(images), bound, scratch),
         )
     tuned = fine_tuned(networks, images, made.labels, settings, seed, state, account)
+    if settings.scheme.placement == "engine":
+        round_biases(student)
     with account.timed("holdout"):
         unseen = isinstance(settings.calibration, StatisticalRanges) and learning is None
         holdout = images if unseen else make_holdout(graph, teacher, settings, seed, state, account)

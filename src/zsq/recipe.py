@@ -163,7 +163,7 @@ class Recipe:
         paper: title and where to find it.
         fold_batch_norm: fold BatchNorm into the layer before it, on the student's copy, where it can be.
         equalization: rewrites of its weights; None leaves them.
-        scheme: bits and their placement; `--bits` and `--ends` replace it.
+        scheme: bits and their placement; `--bits`, `--ends` and `--placement` replace it.
         bias_correction: of the quantized layers; None leaves their biases.
         synthesis: where the images come from.
         refinement: how synthetic images are moved afterwards; None leaves them. At 8 bits they stay.
@@ -208,15 +208,19 @@ def with_overrides(recipe: Recipe, overrides: typing.Mapping[str, str | int | fl
 def describe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as nested dictionaries that JSON can hold; a stage's kind is under "kind".
 
-    Optional stages that a recipe does not have (refinement, filter ...) are left out.
+    Optional stages that a recipe does not have (refinement, filter, fine_tuning ...) are left out, and so are
+    settings that came later and have their default: what was run before them keeps its description.
     """
+
+    def left_out(f: Any, value: Any) -> bool:
+        return (f.default is None or "described" in f.metadata) and value == f.default
 
     def plain(value: Any) -> Any:
         if is_dataclass(value) and not isinstance(value, type):
             body = {
                 f.name: plain(getattr(value, f.name))
                 for f in fields(value)
-                if not (f.default is None and getattr(value, f.name) is None)
+                if not left_out(f, getattr(value, f.name))
             }
             return body if isinstance(value, Recipe) else {"kind": type(value).__name__, **body}
         return value

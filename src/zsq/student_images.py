@@ -14,7 +14,7 @@ from zsq.graph.tensors import device_of
 from zsq.images.filters import cover, least_sensitive, lowest
 from zsq.images.forward import observe
 from zsq.images.gradients import Probe, gradient_probe
-from zsq.images.prior import STANDARD, InputPrior, input_prior
+from zsq.images.prior import input_prior
 from zsq.images.refine import refine, refined_name
 from zsq.images.scores import (
     energy,
@@ -29,6 +29,7 @@ from zsq.images.synthesize import Batch, batch_from_piece, batch_names
 from zsq.models import ModelSpec
 from zsq.progress import Callback, Progress, unit_log
 from zsq.quant.attach import Quantizers, attach
+from zsq.quant.image_range import set_image_ranges
 from zsq.recipe import Recipe, Reconstruction
 from zsq.recover.reconstruct import reconstruct, unit_name
 from zsq.rng import derived_seed, rng_for
@@ -55,20 +56,21 @@ class Networks:
     units: tuple[Unit, ...]
 
 
-def attached(graph: fx.GraphModule, settings: Recipe, prior: InputPrior = STANDARD) -> Networks:
-    """Fold and rewrite as the recipe says, split, attach quantizers, do what needs statistics but no images.
+def attached(graph: fx.GraphModule, settings: Recipe, spec: ModelSpec) -> Networks:
+    """Fold and rewrite as the recipe says, split, attach quantizers; do what needs no images.
 
     Args:
         graph: captured teacher with its BatchNorm layers.
         settings: the recipe.
-        prior: of the images.
+        spec: of the model; quantizers of images have their range from it.
 
     Raises:
         UsageError: the recipe needs statistics that the model does not have.
     """
     original, known = rewritten(graph, settings)
     student, quantizers = attach(original, settings.scheme)
-    settle_by_statistics(original, known, student, quantizers, settings, prior)
+    settle_by_statistics(original, known, student, quantizers, settings, input_prior(spec))
+    set_image_ranges(original, student, quantizers, spec)
     return Networks(graph, original, student, quantizers, split(original.graph))
 
 

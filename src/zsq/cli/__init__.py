@@ -60,6 +60,7 @@ for command in (
     jobs.synthesize,
     jobs.evaluate,
     exports.export,
+    exports.bench_latency,
     lists.recipes,
     lists.show,
     lists.models,

@@ -25,6 +25,14 @@ EndsOption = Annotated[
     str | None,
     typer.Option(metavar="8bit|same", help="first and last layer in 8 bits, or in the same bits as the rest"),
 ]
+PlacementOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="research|engine",
+        help="which activations are quantized: inputs of layers, or all that an engine needs to compute in "
+        "integers",
+    ),
+]
 BudgetOption = Annotated[
     str,
     typer.Option(

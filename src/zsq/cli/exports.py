@@ -1,4 +1,4 @@
-"""The command that writes files for engines: export."""
+"""The commands around files for engines: export, bench-latency."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,18 +12,25 @@ from zsq.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from zsq.export.latency import Latency
     from zsq.export.onnx import Export
+    from zsq.export.pt2 import Program
     from zsq.export.verify import OutputDifference
 
-FORMATS = ("onnx",)
+FORMATS = ("onnx", "pt2")
 
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
-    to: Annotated[str, typer.Option("--to", metavar="onnx", help="kind of file")] = "onnx",
+    to: Annotated[
+        str, typer.Option("--to", metavar="onnx|pt2", help="kind of file; pt2 is a torch.export program")
+    ] = "onnx",
     target: Annotated[
-        str, typer.Option(metavar="onnxruntime|openvino|tensorrt", help="the engine that is to run it")
-    ] = "onnxruntime",
+        str | None,
+        typer.Option(
+            metavar="onnxruntime|openvino|tensorrt", help="the engine that is to run it; by default the first"
+        ),
+    ] = None,
     container: Annotated[
         str | None,
         typer.Option(
@@ -32,7 +39,7 @@ def export(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="file to write; by default RUN/student.onnx")
+        Path | None, typer.Option(metavar="FILE", help="file to write; by default RUN/student.onnx or .pt2")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the file if it exists")] = False,
     as_json: JsonOption = False,
@@ -41,14 +48,70 @@ def export(
     """Write a run as a file for an engine, after checking there that it computes the same."""
     if to not in FORMATS:
         raise UsageError(f"--to is one of {', '.join(FORMATS)}, got {to!r}.")
+    file = out or run / f"student.{to}"
+    if to == "pt2":
+        if target is not None or container is not None:
+            raise UsageError("A torch.export program has one form. Leave out --target and --container.")
+        with only_result_on_stdout():
+            from zsq.export.pt2 import export_pt2
+
+            program = export_pt2(run, file, force=force)
+        if as_json:
+            print_json(program.to_json())
+        else:
+            print_parts(*_program_summary(program))
+        return
     with only_result_on_stdout():
         from zsq.export.onnx import export_onnx
 
-        found = export_onnx(run, out or run / "student.onnx", target=target, container=container, force=force)
+        found = export_onnx(run, file, target=target or "onnxruntime", container=container, force=force)
     if as_json:
         print_json(found.to_json())
     else:
         print_parts(*_summary(found))
+
+
+def bench_latency(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="images a call")] = 1,
+    threads: Annotated[int, typer.Option(min=1, metavar="N", help="of the engine")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="calls of each network, in turns")] = 50,
+    container: Annotated[
+        str, typer.Option(metavar="int2|int4|int8", help="as for export; int8 is computed in integers")
+    ] = "int8",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Time a run in ONNX Runtime beside the same network in float32; nothing is written."""
+    with only_result_on_stdout():
+        from zsq.export import latency
+
+        found = latency.bench_latency(
+            run, batch_size=batch_size, threads=threads, rounds=rounds, container=container
+        )
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_parts(*_latency_summary(found))
+
+
+def _latency_summary(found: "Latency") -> "list[Table | str]":
+    fused, low, high = found.fused, *found.ratio_quartiles
+    rows = [(f"{found.float_ms:.2f} ms", f"{found.quantized_ms:.2f} ms", f"{found.ratio:.2f}")]
+    integer = (
+        f"In integers: {fused.convolutions} of {fused.convolutions + fused.float_convolutions} convolutions, "
+        f"{fused.additions} of {fused.additions + fused.float_additions} additions."
+    )
+    placed = "" if fused.complete else " Quantize with --placement engine for all of them."
+    plural = "" if found.threads == 1 else "s"
+    return [
+        "",
+        f"{found.engine}, CPU, {found.threads} thread{plural}, {found.batch_size} images a call, medians of "
+        f"{found.rounds} calls in turns:",
+        grid(("float32", f"quantized, {found.container}", "times as fast"), rows, right=(0, 1, 2)),
+        f"Half of the turns gave {low:.2f} to {high:.2f} times.",
+        f"{integer}{placed}",
+    ]
 
 
 def _summary(export: "Export") -> "list[Table | str]":
@@ -70,6 +133,18 @@ def _summary(export: "Export") -> "list[Table | str]":
         *(f"Note: {note}." for note in export.notes),
         runs,
         f"To measure accuracy on labelled images: {evaluate_line(export.path, None)}",
+    ]
+
+
+def _program_summary(program: "Program") -> "list[Table | str]":
+    head = ("output", "same class", "largest difference", "relative error")
+    rows = [(name, *rest) for name, _, *rest in (_row(d, "") for d in program.outputs)]
+    return [
+        "",
+        f"{program.path} ({bytes_text(program.size)})",
+        f"The program against the student on {program.num_images} synthetic images (not an accuracy):",
+        grid(head, rows, right=(1, 2, 3)),
+        *(f"Note: {note}." for note in program.notes),
     ]
 
 

@@ -18,6 +18,7 @@ from zsq.cli.arguments import (
     JsonOption,
     MeanOption,
     ModelArgument,
+    PlacementOption,
     RecipeOption,
     SeedOption,
     SetOption,
@@ -59,6 +60,7 @@ def quantize(
     recipe: RecipeOption = "genie",
     bits: BitsOption = "W4A4",
     ends: EndsOption = None,
+    placement: PlacementOption = None,
     budget: BudgetOption = "standard",
     settings: SetOption = None,
     filters: FilterOption = None,
@@ -66,7 +68,9 @@ def quantize(
     device: DeviceOption = "cpu",
     out: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="folder to write; by default runs/MODEL-RECIPE-BITS[-seedN]"),
+        typer.Option(
+            metavar="RUN", help="folder to write; by default runs/MODEL-RECIPE-BITS[-engine][-seedN]"
+        ),
     ] = None,
     force: ForceOption = False,
     weights: WeightsOption = None,
@@ -94,13 +98,16 @@ def quantize(
         from zsq.run import write_record
 
         overrides = {**read_filters(filters), **read_settings(settings)}
-        composed = zsq.compose_recipe(recipe, bits=bits, ends=ends, budget=budget, overrides=overrides)
+        composed = zsq.compose_recipe(
+            recipe, bits=bits, ends=ends, placement=placement, budget=budget, overrides=overrides
+        )
         bits = composed.scheme.bits
         teacher = read_teacher(model, weights, input_size, mean, std)
-        folder = out or default_out("runs", teacher, recipe, bits, seed)
+        label = bits if composed.scheme.placement == "research" else f"{bits}-{composed.scheme.placement}"
+        folder = out or default_out("runs", teacher, recipe, label, seed)
         given = load_images(images, teacher.spec) if images is not None else None
         dataset = _labelled(data, teacher.spec, teacher.output_shape) if data is not None else None
-        say(f"{teacher.name}, recipe {recipe}, {bits}, budget {budget}, seed {seed} -> {folder}")
+        say(f"{teacher.name}, recipe {recipe}, {label}, budget {budget}, seed {seed} -> {folder}")
         call.hint = _goes_on(folder)
         with reported_progress(plain=as_json) as progress:
             run = zsq.quantize(
@@ -108,6 +115,7 @@ def quantize(
                 recipe=recipe,
                 bits=bits,
                 ends=ends,
+                placement=placement,
                 budget=budget,
                 overrides=overrides,
                 images=given,

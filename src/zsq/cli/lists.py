@@ -10,6 +10,7 @@ from zsq.cli.arguments import (
     DebugOption,
     EndsOption,
     JsonOption,
+    PlacementOption,
     SetOption,
     read_input_size,
     read_settings,
@@ -32,6 +33,7 @@ def show(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="one of `zsq recipes`")],
     bits: BitsOption = "W4A4",
     ends: EndsOption = None,
+    placement: PlacementOption = None,
     budget: BudgetOption = "standard",
     settings: SetOption = None,
     input_size: Annotated[
@@ -50,6 +52,7 @@ def show(
         recipe,
         bits=bits,
         ends=ends,
+        placement=placement,
         budget=budget,
         overrides=read_settings(settings),
         input_size=read_input_size(input_size),

@@ -250,7 +250,9 @@ def quantized_summary(record: Mapping[str, Any], folder: Path, data: str | None)
     """What a finished run came to: bits and sizes, what is estimated, what was measured, and what next."""
     results, size = record["results"], record["results"]["size"]
     before, after = size["teacher_bytes"], size["student_bytes"]
-    ends = ", first and last layer 8 bits" if record["recipe"]["scheme"]["ends"] == "8bit" else ""
+    scheme = record["recipe"]["scheme"]
+    ends = ", first and last layer 8 bits" if scheme["ends"] == "8bit" else ""
+    ends += ", placed for engines" if scheme.get("placement") == "engine" else ""
     rows = [
         ("bits", "float32", record["bits"] + ends),
         ("size on disk", bytes_text(before), f"{bytes_text(after)}, {before / after:.1f} times smaller"),

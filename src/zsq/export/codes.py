@@ -6,6 +6,7 @@ from torch import Tensor
 
 from zsq.export.targets import Target
 from zsq.quant.affine import along_axis
+from zsq.quant.engine_biases import spare_factor
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 
 
@@ -54,8 +55,8 @@ def stored_weight(quantizer: WeightQuantizer, target: Target, widths: tuple[int,
     centred = codes - along_axis(zero_point, codes, quantizer.axis)
     for width in (w for w in widths if w >= quantizer.bits):
         if _fits(centred, width):
-            unused = max(7 - int(centred.abs().max()).bit_length(), 0) if width == 8 else 0
-            return StoredCodes(centred * 2**unused, zero_point * 0, width, True, 2**unused)
+            finer = spare_factor(quantizer) if width == 8 else 1
+            return StoredCodes(centred * finer, zero_point * 0, width, True, finer)
         if not target.symmetric:
             half = 2 ** (quantizer.bits - 1)
             return StoredCodes(codes - half, zero_point - half, width, True)

@@ -47,25 +47,14 @@ def convolution(
     groups: int,
 ) -> Any:
     """aten.conv{1,2,3}d; a bias stays in float, inside the convolution."""
-    kernel = _weight_shape(node)[2:]
-    rank = len(kernel)
-    dilations = _each(dilation, rank)
+    kernel, inputs, common = _operands(b, node, x, weight, bias, stride, dilation, groups)
     if isinstance(padding, str):
-        totals = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilations, strict=True)]
+        steps = zip(kernel, common["dilations"], strict=True)
+        totals = [d * (k - 1) if padding == "same" else 0 for k, d in steps]
         pads = [t // 2 for t in totals] + [t - t // 2 for t in totals]
     else:
-        pads = _each(padding, rank) * 2
-    inputs = [x, weight_value(b, weight)] + ([bias] if bias is not None else [])
-    return b.op(
-        "Conv",
-        *inputs,
-        name=node.name,
-        kernel_shape=kernel,
-        strides=_each(stride, rank),
-        pads=pads,
-        dilations=dilations,
-        group=groups,
-    )
+        pads = _each(padding, len(kernel)) * 2
+    return b.op("Conv", *inputs, name=node.name, pads=pads, **common)
 
 
 def transposed_convolution(
@@ -81,19 +70,29 @@ def transposed_convolution(
     dilation: Any,
 ) -> Any:
     """aten.conv_transpose{1,2,3}d."""
-    kernel = _weight_shape(node)[2:]
+    kernel, inputs, common = _operands(b, node, x, weight, bias, stride, dilation, groups)
     rank = len(kernel)
-    inputs = [x, weight_value(b, weight)] + ([bias] if bias is not None else [])
     return b.op(
         "ConvTranspose",
         *inputs,
         name=node.name,
-        kernel_shape=kernel,
-        strides=_each(stride, rank),
         pads=_each(padding, rank) * 2,
         output_padding=_each(output_padding, rank),
-        dilations=_each(dilation, rank),
-        group=groups,
+        **common,
+    )
+
+
+def _operands(
+    b: Builder, node: fx.Node, x: Any, weight: Any, bias: Any, stride: Any, dilation: Any, groups: int
+) -> tuple[list[int], list[Any], dict[str, Any]]:
+    """Kernel size, inputs and those attributes that all convolutions have."""
+    kernel = _weight_shape(node)[2:]
+    inputs = [x, weight_value(b, weight)] + ([bias] if bias is not None else [])
+    strides, dilations = _each(stride, len(kernel)), _each(dilation, len(kernel))
+    return (
+        kernel,
+        inputs,
+        {"kernel_shape": kernel, "strides": strides, "dilations": dilations, "group": groups},
     )
 
 

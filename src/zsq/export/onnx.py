@@ -2,6 +2,7 @@
 
 import json
 import operator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from zsq._version import __version__
 from zsq.errors import JobError, UsageError, import_extra
 from zsq.export.builder import EXTRA, Builder
 from zsq.export.codes import stored_activation, stored_weight
+from zsq.export.integer import quantize_for_fusion, reads_codes
 from zsq.export.layers import StoredWeight
 from zsq.export.operations import emit
 from zsq.export.prepare import batch_norm_affine, prepared
@@ -88,17 +90,10 @@ def export_onnx(
         import_extra(package, EXTRA)
     file = Path(path)
     settings = file.with_name(f"{file.name}.json")
-    for existing in (file, settings):
-        if existing.is_dir() or (existing.exists() and not force):
-            raise UsageError(
-                f"{existing} exists already; nothing was changed. Choose another --out"
-                + ("." if existing.is_dir() else ", or give --force to replace it.")
-            )
+    check_free([file, settings], force=force)
     loaded = run if isinstance(run, Run) else load_run(run)
-    student, notes = prepared(loaded.student, loaded.images, engine)
-    about = _metadata(loaded, engine, container)
-    content = serialized(lower(student, engine, widths, about))
-    check = verify(content, student, loaded.student, loaded.images)
+    about = metadata_of(loaded, engine, container)
+    content, check, notes = checked(loaded, engine, widths, about)
     export = Export(file, settings, len(content), check, (*notes, *engine.notes))
     write_atomic(file, content)
     try:
@@ -109,13 +104,41 @@ def export_onnx(
     return export
 
 
+def check_free(files: Sequence[Path], *, force: bool) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        UsageError: one of the files exists and `force` is False, or it is a folder.
+    """
+    for existing in files:
+        if existing.is_dir() or (existing.exists() and not force):
+            raise UsageError(
+                f"{existing} exists already; nothing was changed. Choose another --out"
+                + ("." if existing.is_dir() else ", or give --force to replace it.")
+            )
+
+
+def checked(
+    run: Run, target: Target, widths: tuple[int, ...], metadata: dict[str, str]
+) -> tuple[bytes, Verification, list[str]]:
+    """The bytes of a run's file, how they compared with the student, and notes; arguments as for `lower`.
+
+    Raises:
+        UsageError: an operation that has no ONNX form, or a damaged run.
+        JobError: the file does not compute what the student computes.
+    """
+    student, notes = prepared(run.student, run.images, target)
+    content = serialized(lower(student, target, widths, metadata))
+    return content, verify(content, student, run.student, run.images), notes
+
+
 def lower(
     student: fx.GraphModule, target: Target, widths: tuple[int, ...], metadata: dict[str, str]
 ) -> "ir.Model":
     """The ONNX model of a prepared student (see `prepared`).
 
     Args:
-        student: with shapes and folded BatchNorms.
+        student: with shapes and folded BatchNorms; quantizers may be added to it.
         target: the engine.
         widths: of containers that codes may be stored in.
         metadata: what the file says about itself.
@@ -132,8 +155,11 @@ def lower(
         elif isinstance(module, ActivationQuantizer):
             codes[name] = stored_activation(module, target, widths)
     narrowest = min((stored.width for stored in codes.values()), default=8)
-    weights_only = not any(isinstance(m, ActivationQuantizer) for m in student.modules())
-    b = Builder(exact=narrowest < 8 or weights_only or (target.rounds_biases and min(widths) < 8))
+    weights_only = bool(codes) and not any(isinstance(m, ActivationQuantizer) for m in student.modules())
+    careful = target.rounds_biases and min(widths) < 8 and not reads_codes(student)
+    b = Builder(exact=narrowest < 8 or weights_only or careful)
+    if not b.exact:
+        quantize_for_fusion(student)
     values: dict[fx.Node, Any] = {}
     inputs, outputs = [], []
     for node in student.graph.nodes:
@@ -239,7 +265,7 @@ def _outputs(b: Builder, ir: Any, values: list[Any], shapes: list[Any]) -> list[
     return found
 
 
-def _metadata(run: Run, target: Target, container: str | None) -> dict[str, str]:
+def metadata_of(run: Run, target: Target, container: str | None) -> dict[str, str]:
     """What a file says about itself, as text: recipe, bits, teacher, preprocessing."""
     record = run.record
     model = record.get("model", {})
@@ -250,6 +276,7 @@ def _metadata(run: Run, target: Target, container: str | None) -> dict[str, str]
         "zsq.recipe": str(record.get("recipe", {}).get("name", "")),
         "zsq.bits": str(record.get("bits", "")),
         "zsq.ends": str(record.get("recipe", {}).get("scheme", {}).get("ends", "")),
+        "zsq.placement": "engine" if reads_codes(run.student) else "research",
         "zsq.seed": str(record.get("seed", "")),
         "zsq.teacher": str(model.get("name", "")),
         "zsq.teacher_sha256": str(model.get("sha256", "")),

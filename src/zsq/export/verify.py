@@ -116,7 +116,7 @@ def verify(content: bytes, student: fx.GraphModule, original: nn.Module, images:
     """
     runtime: Any = import_extra("onnxruntime", EXTRA)
     images = images[:NUM_IMAGES]
-    reference = _Reference(student, images)
+    reference = Reference(student, images)
     plain = _differences(content, SessionOptions(optimization=LEVELS[1]), reference)
     wrong = [d for d in plain if not d.agrees]
     if wrong:
@@ -143,36 +143,42 @@ def verify(content: bytes, student: fx.GraphModule, original: nn.Module, images:
         num_images=len(images),
         optimized=tuple(optimized),
         plain=tuple(plain),
-        agreement_with_run=_argmax_agreement(_run(original, images)[0], reference.outputs[0]),
+        agreement_with_run=_argmax_agreement(run_in_chunks(original, images)[0], reference.outputs[0]),
     )
 
 
-class _Reference:
-    """The student's outputs, what rounding does to them, and the steps to count in."""
+class Reference:
+    """A prepared student's outputs on images, what rounding does to them, and the steps to count in."""
 
     def __init__(self, student: fx.GraphModule, images: Tensor) -> None:
         self.student, self.images = student, images
-        self.outputs = _run(student, images)
+        self.outputs = run_in_chunks(student, images)
         precise = copy.deepcopy(student).double()
-        self.precise = [y.float() for y in _run(precise, images.double())]
+        self.precise = [y.float() for y in run_in_chunks(precise, images.double())]
         returned = next(n for n in student.graph.nodes if n.op == "output").all_input_nodes
         self.steps = [_output_step(student, node) for node in returned]
 
 
 @torch.no_grad()
-def _run(model: nn.Module, images: Tensor) -> list[Tensor]:
+def run_in_chunks(model: nn.Module, images: Tensor) -> list[Tensor]:
     """All outputs of a model for many images."""
     chunks = [pytree.tree_leaves(model(images[i : i + CHUNK])) for i in range(0, len(images), CHUNK)]
     return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
 
-def _differences(content: bytes, options: SessionOptions, reference: _Reference) -> list[OutputDifference]:
+def _differences(content: bytes, options: SessionOptions, reference: Reference) -> list[OutputDifference]:
     engine = EngineModel(content, options)
-    outputs = _run(engine, reference.images)
+    return differences(engine.outputs, run_in_chunks(engine, reference.images), reference)
+
+
+def differences(
+    names: Sequence[str], outputs: Sequence[Tensor], reference: Reference
+) -> list[OutputDifference]:
+    """How outputs on the reference's images differ from the reference's."""
     return [
         _difference(name, got, wanted, precise, step)
         for name, got, wanted, precise, step in zip(
-            engine.outputs, outputs, reference.outputs, reference.precise, reference.steps, strict=True
+            names, outputs, reference.outputs, reference.precise, reference.steps, strict=True
         )
     ]
 
@@ -221,7 +227,7 @@ def _called(student: fx.GraphModule, argument: Any) -> nn.Module | None:
 
 
 def _refusal(
-    content: bytes, options: SessionOptions, reference: _Reference, wrong: Sequence[OutputDifference]
+    content: bytes, options: SessionOptions, reference: Reference, wrong: Sequence[OutputDifference]
 ) -> str:
     worst = max(wrong, key=lambda d: d.relative_error)
     how = "with" if options.optimization == LEVELS[0] else "without"

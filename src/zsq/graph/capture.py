@@ -68,7 +68,7 @@ def capture(module: nn.Module, input_size: tuple[int, int, int]) -> fx.GraphModu
     example = torch.zeros(2, *input_size, device=device)
     batch = torch.export.Dim("batch", min=1)
     try:
-        with _quiet():
+        with quiet():
             program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
             graph_module = program.module(check_guards=False)
     except Exception as error:  # torch.export raises dozens of unrelated classes
@@ -141,7 +141,7 @@ def _check_inputs(module: nn.Module) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep torch.export from printing the graph of a failed capture, and from logging."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

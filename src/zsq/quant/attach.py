@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from zsq.graph.capture import LAYERS, weight_node
 from zsq.graph.tensors import device_of, get_tensor, make_submodule
+from zsq.quant.engine_placement import place_for_engine
 from zsq.quant.quantizers import ActivationQuantizer, quantize_weight
 from zsq.quant.scheme import Placement, Scheme, place
 
@@ -17,7 +18,7 @@ class Quantizers:
 
     Attributes:
         weights: weighted node -> WeightQuantizer.
-        activations: quantized tensor's node -> ActivationQuantizer.
+        activations: quantized tensor's node -> ActivationQuantizer; several tensors may share one.
     """
 
     weights: dict[str, str]
@@ -33,12 +34,14 @@ def attach(teacher: fx.GraphModule, scheme: Scheme) -> tuple[fx.GraphModule, Qua
 
     Args:
         teacher: a captured network.
-        scheme: bits and their placement.
+        scheme: bits and their placement. With placement "engine", weights of 8 bits are symmetric: codes of
+            fewer bits fit in bytes around 0 with any zero point, and engines compute slowly with others.
     """
-    placement = place(teacher.graph, scheme)
+    placement = (place_for_engine if scheme.placement == "engine" else place)(teacher.graph, scheme)
     student = fx.GraphModule(_own_tensors(teacher), copy.deepcopy(teacher.graph), "Student")
     quantizers = Quantizers(
-        weights=_attach_weights(student, placement), activations=_attach_activations(student, placement)
+        weights=_attach_weights(student, placement, symmetric=scheme.placement == "engine"),
+        activations=_attach_activations(student, placement),
     )
     student.graph.eliminate_dead_code()
     student.delete_all_unused_submodules()
@@ -66,7 +69,7 @@ def _own_tensors(teacher: fx.GraphModule) -> nn.Module:
     return root
 
 
-def _attach_weights(student: fx.GraphModule, placement: Placement) -> dict[str, str]:
+def _attach_weights(student: fx.GraphModule, placement: Placement, *, symmetric: bool) -> dict[str, str]:
     names: dict[str, str] = {}
     for node in list(student.graph.nodes):
         weight = weight_node(node)
@@ -79,6 +82,7 @@ def _attach_weights(student: fx.GraphModule, placement: Placement) -> dict[str, 
             get_tensor(student, str(weight.target)),
             bits=placement.weights[node.name],
             axis=LAYERS[node.target],
+            symmetric=symmetric and placement.weights[node.name] == 8,
         )
         student.add_submodule(name, quantizer)
         with student.graph.inserting_before(node):
@@ -94,8 +98,10 @@ def _attach_activations(student: fx.GraphModule, placement: Placement) -> dict[s
     device = device_of(student)
     names: dict[str, str] = {}
     for tensor, bits in placement.activations.items():
-        source, name = by_name[tensor], f"activation_quantizers.{tensor}"
-        student.add_submodule(name, ActivationQuantizer(bits=bits).to(device))
+        source, first = by_name[tensor], placement.shared.get(tensor, tensor)
+        name = f"activation_quantizers.{first}"
+        if first == tensor:
+            student.add_submodule(name, ActivationQuantizer(bits=bits).to(device))
         for reader in placement.readers[tensor]:
             with student.graph.inserting_before(by_name[reader]):
                 call = student.graph.call_module(name, (source,))

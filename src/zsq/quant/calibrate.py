@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from zsq.quant.affine import choose_qparams
 from zsq.quant.quantizers import ActivationQuantizer
@@ -46,7 +46,8 @@ def calibrate(
 ) -> None:
     """Run `part` once and set the range of every activation quantizer that it meets from what arrives there.
 
-    Quantizers that come later see the output of those before them, as in use.
+    Quantizers that come later see the output of those before them, as in use. The range of one that several
+    tensors share fits all of them.
 
     Args:
         part: a student or a unit of it.
@@ -60,11 +61,21 @@ def calibrate(
 @contextmanager
 def _observing(part: nn.Module, settings: Calibration, settled: Collection[nn.Module]) -> Iterator[None]:
     done = set(settled)
+    several = _readers_of_several(part)
+    arrived: dict[nn.Module, list[Tensor]] = {}
 
     def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module not in done and isinstance(module, ActivationQuantizer):
-            module.set_range(*choose_activation_range(args[0], bits=module.bits, settings=settings))
+        if module in done or not isinstance(module, ActivationQuantizer):
+            return
+        seen = [args[0]]
+        if module in several:
+            seen = arrived.setdefault(module, [])
+            if any(x is args[0] for x in seen):
+                return
+            seen.append(args[0])
+        else:
             done.add(module)
+        set_range_for(module, seen, settings)
 
     handles = [
         m.register_forward_pre_hook(observe) for m in part.modules() if isinstance(m, ActivationQuantizer)
@@ -74,3 +85,18 @@ def _observing(part: nn.Module, settings: Calibration, settled: Collection[nn.Mo
     finally:
         for handle in handles:
             handle.remove()
+
+
+def set_range_for(quantizer: ActivationQuantizer, tensors: Sequence[Tensor], settings: Calibration) -> None:
+    """Set a range that fits all values of some tensors."""
+    x = tensors[0] if len(tensors) == 1 else torch.cat([t.flatten() for t in tensors])
+    quantizer.set_range(*choose_activation_range(x, bits=quantizer.bits, settings=settings))
+
+
+def _readers_of_several(part: nn.Module) -> set[nn.Module]:
+    """The modules of a graph that are called with different tensors."""
+    read: dict[nn.Module, set[fx.Node]] = {}
+    for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+        if node.op == "call_module" and node.args:
+            read.setdefault(part.get_submodule(str(node.target)), set()).add(node.args[0])
+    return {module for module, tensors in read.items() if len(tensors) > 1}

@@ -46,13 +46,21 @@ class WeightQuantizer(nn.Module):
         return f"bits={self.bits}, shape={tuple(self.codes.shape)}"
 
 
-def quantize_weight(weight: Tensor, *, bits: int, axis: int) -> WeightQuantizer:
-    """Round a weight to nearest with the asymmetric range of least 2.4-norm error, per output channel.
+def quantize_weight(weight: Tensor, *, bits: int, axis: int, symmetric: bool = False) -> WeightQuantizer:
+    """Round a weight to nearest with the range of least 2.4-norm error, per output channel.
+
+    Args:
+        weight: float.
+        bits: 2..8.
+        axis: of output channels.
+        symmetric: zero point 2^(bits-1) and as many codes above it as below; else any zero point.
 
     Source: BRECQ, Genie (arXiv:2212.04780), initialisation of the weight quantizer.
     """
-    scale, zero_point = error_minimising(weight.detach(), bits=bits, signed=False, symmetric=False, axis=axis)
-    codes = quantize(weight.detach(), scale, zero_point, qmin=0, qmax=2**bits - 1, axis=axis)
+    weight = weight.detach()
+    scale, zero_point = error_minimising(weight, bits=bits, signed=symmetric, symmetric=symmetric, axis=axis)
+    zero_point = zero_point + symmetric * 2 ** (bits - 1)
+    codes = quantize(weight, scale, zero_point, qmin=int(symmetric), qmax=2**bits - 1, axis=axis)
     return WeightQuantizer(codes, scale, zero_point, bits=bits, axis=axis)
 
 

@@ -1,7 +1,7 @@
 """Which tensors get how many bits: the scheme that a user names, and its placement on a captured graph."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -10,6 +10,7 @@ from zsq.errors import UsageError
 from zsq.graph.capture import activations, aten, weight_node
 
 ENDS = ("8bit", "same")
+PLACEMENTS = ("research", "engine")
 # Operations that move values without changing them; zero padding adds zeros, which quantizers represent.
 MOVES = frozenset(
     {
@@ -42,11 +43,15 @@ class Scheme:
         ends: "8bit" (protocol P-B: first and last layer's weights, the second layer's and the last layer's
             input have 8 bits) or "same" (protocol P-A: every quantizer has the scheme's bits). The images
             themselves are not quantized in either: they come as 8-bit pixels.
+        placement: which activations are quantized: "research" (inputs of layers and identity shortcuts) or
+            "engine" (the images too, and what layers and additions return, so that engines compute all of it
+            in integers), see `place_for_engine`.
     """
 
     weight_bits: int = 4
     activation_bits: int | None = 4
     ends: str = "8bit"
+    placement: str = field(default="research", metadata={"described": "unless default"})
 
     def __post_init__(self) -> None:
         for bits in (self.weight_bits, self.activation_bits):
@@ -56,6 +61,13 @@ class Scheme:
                 )
         if self.ends not in ENDS:
             raise UsageError(f"ends must be one of {', '.join(ENDS)}, got {self.ends!r}.")
+        if self.placement not in PLACEMENTS:
+            raise UsageError(f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}.")
+        if self.placement == "engine" and self.activation_bits is None:
+            raise UsageError(
+                f"placement 'engine' says which activations are quantized, and {self.bits} leaves them in "
+                f"float. Take W{self.weight_bits}A8, or leave the placement out."
+            )
 
     @property
     def is_eight_bit(self) -> bool:
@@ -68,7 +80,7 @@ class Scheme:
         return f"W{self.weight_bits}" + ("" if self.activation_bits is None else f"A{self.activation_bits}")
 
 
-def parse_bits(text: str, *, ends: str = "8bit") -> Scheme:
+def parse_bits(text: str, *, ends: str = "8bit", placement: str = "research") -> Scheme:
     """Read W4A4, W4A8, W8A8, W2A4, W4 (weights only) ...; case does not matter.
 
     Raises:
@@ -85,6 +97,7 @@ def parse_bits(text: str, *, ends: str = "8bit") -> Scheme:
         weight_bits=int(weight_bits),
         activation_bits=int(activation_bits) if activation_bits else None,
         ends=ends,
+        placement=placement,
     )
 
 
@@ -96,11 +109,13 @@ class Placement:
         weights: bits of every weighted layer.
         activations: bits of every quantized tensor.
         readers: for every quantized tensor, the nodes that read it through its quantizer.
+        shared: quantized tensor -> the earlier one whose quantizer it has, where it has none of its own.
     """
 
     weights: dict[str, int]
     activations: dict[str, int]
     readers: dict[str, tuple[str, ...]]
+    shared: dict[str, str] = field(default_factory=dict)
 
 
 def place(graph: fx.Graph, scheme: Scheme) -> Placement:
@@ -129,7 +144,7 @@ def place(graph: fx.Graph, scheme: Scheme) -> Placement:
     readers: dict[fx.Node, list[fx.Node]] = {}
 
     def read(tensor: fx.Node, reader: fx.Node, bits: int) -> None:
-        source, reader = _through_moves(tensor, reader)
+        source, reader = through_moves(tensor, reader)
         if depth[source] == 0:  # the image
             return
         if eight_bit_ends and depth[source] == 1:
@@ -175,13 +190,13 @@ def leads_to_layer(node: fx.Node) -> bool:
     return False
 
 
-def _through_moves(tensor: fx.Node, reader: fx.Node) -> tuple[fx.Node, fx.Node]:
+def through_moves(tensor: fx.Node, reader: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Go back over operations that only move values and serve this reader alone."""
     while (
         tensor.op == "call_function"
         and tensor.target in MOVES
         and len(tensor.users) == 1
-        and _zero_padded(tensor)
+        and zero_padded(tensor)
     ):
         source = tensor.args[0]
         if not isinstance(source, fx.Node):
@@ -190,7 +205,8 @@ def _through_moves(tensor: fx.Node, reader: fx.Node) -> tuple[fx.Node, fx.Node]:
     return tensor, reader
 
 
-def _zero_padded(node: fx.Node) -> bool:
+def zero_padded(node: fx.Node) -> bool:
+    """Whether a move adds no other values than zeros."""
     if node.target is aten.pad.default:
         mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
         value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
@@ -212,7 +228,7 @@ def _identity_shortcuts(nodes: list[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
         if len(operands) != 2:
             continue
         for operand, other in (operands, operands[::-1]):
-            source, _ = _through_moves(operand, node)
+            source, _ = through_moves(operand, node)
             if operand is not other and _depends_through_layer(other, source):
                 found.append((node, operand))
     return found

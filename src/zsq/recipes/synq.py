@@ -10,8 +10,8 @@ Where the paper and its published code differ, or the code is in error, this is 
 
 * Images are the paper's: HAST's pixels optimised for classes, with layered targets from one calibration image
   a class. Its parts go with any other source, e.g. `--recipe genie --set fine_tuning=on` and
-  `--set fine_tuning.maps=on`; without classes that images were made for, an image's class is what the teacher takes it for, and few images
-  are difficult.
+  `--set fine_tuning.maps=on`; without classes that images were made for, an image's class is what the teacher
+  takes it for, and few images are difficult.
 * The loss is that of the paper, equation 6, on images and on those after HAST's step up the slope of the
   loss, which the paper counts to its baseline. HAST's feature alignment is in the code but not in the
   equation, and is left out (`fine_tuning.features=on`). The slope is that of the whole loss; the code's

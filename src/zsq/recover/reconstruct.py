@@ -18,7 +18,7 @@ from zsq.images.forward import freeze_batch_norms
 from zsq.out_of_memory import in_chunks, no_room
 from zsq.quant.affine import MIN_SCALE
 from zsq.quant.attach import Quantizers
-from zsq.quant.calibrate import calibrate
+from zsq.quant.calibrate import calibrate, set_range_for
 from zsq.quant.dropping import Rows, dropping, mix
 from zsq.quant.quantizers import ActivationQuantizer, LearnedRounding
 from zsq.quant.rounding import rounding_regulariser
@@ -107,6 +107,8 @@ def reconstruct(
     the latter: with few steps the published rates, absolute numbers, are too coarse for 8-bit scales.
 
     An activation quantizer that several units call belongs to the first of them; the others take it as it is.
+    If tensors of several units share it, its first range fits the teacher's tensors. One that has a range
+    already keeps it.
 
     Source: BRECQ (arXiv:2102.05426) for the units, QDrop (2203.05740) for the drops, Genie (2212.04780) for
     learning rounding and scales together.
@@ -118,7 +120,13 @@ def reconstruct(
     for cache in caches:
         cache[next(n.name for n in teacher.graph.nodes if n.op == "placeholder")] = images
     results = []
-    settled: set[nn.Module] = set()  # quantizers of finished units
+    # Quantizers of finished units, and those whose range was set beforehand.
+    settled: set[nn.Module] = {
+        m for m in student.modules() if isinstance(m, ActivationQuantizer) and bool(m.scale.isfinite())
+    }
+    ranged: set[nn.Module] = set()
+    if isinstance(calibration, Calibration):
+        ranged = _range_across_units(teacher, student, units, images, calibration)
     alignment = None if settings is None else settings.maps
     shown = None if alignment is None else map_unit(teacher.graph, units)
     for index, unit in enumerate(units):
@@ -136,7 +144,7 @@ def reconstruct(
                 first = [x[: calibration.num_images].to(images.device) for x in student_inputs]
                 advice = f"Lower calibration.num_images (now {calibration.num_images}), or use --memory."
                 with no_room(advice):
-                    calibrate(student_part, first, calibration, settled=settled)
+                    calibrate(student_part, first, calibration, settled=settled | ranged)
             outputs = forward_in_chunks(student_part, student_inputs, storage)
             snr_nearest = _snr(targets, outputs, storage)
             if settings is not None:
@@ -189,6 +197,34 @@ def reconstruct(
             for name in [n for n in cache if last.get(n, -1) <= index]:
                 del cache[name]
     return results
+
+
+def _range_across_units(
+    teacher: fx.GraphModule,
+    student: fx.GraphModule,
+    units: Sequence[Unit],
+    images: Tensor,
+    settings: Calibration,
+) -> set[nn.Module]:
+    """Set the ranges of quantizers that tensors of several units share, and name these quantizers."""
+    unit_of = {name: index for index, unit in enumerate(units) for name in unit.nodes}
+    tensors: dict[str, list[str]] = {}
+    callers: dict[str, set[int]] = {}
+    for node in student.graph.nodes:
+        if node.op == "call_module" and node.args:
+            tensors.setdefault(str(node.target), []).append(node.args[0].name)
+            callers.setdefault(str(node.target), set()).update(unit_of[u.name] for u in node.users)
+    image = next(node.name for node in teacher.graph.nodes if node.op == "placeholder")
+    found: set[nn.Module] = set()
+    for target, read in tensors.items():
+        names = list(dict.fromkeys(read))
+        if len(names) > 1 and len(callers[target]) > 1:
+            quantizer = student.get_submodule(target)
+            assert isinstance(quantizer, ActivationQuantizer)
+            part = extract(teacher, [image], names)
+            set_range_for(quantizer, forward_in_chunks(part, [images[: settings.num_images]]), settings)
+            found.add(quantizer)
+    return found
 
 
 def unit_name(index: int) -> str:

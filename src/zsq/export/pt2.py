@@ -1,0 +1,163 @@
+"""A run as a torch.export program: integer weights, quantizers as PyTorch's own operators."""
+
+import importlib
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from zsq.errors import JobError
+from zsq.export.codes import stored_activation, stored_weight
+from zsq.export.integer import quantize_for_fusion
+from zsq.export.onnx import check_free, metadata_of
+from zsq.export.prepare import prepared
+from zsq.export.targets import Target
+from zsq.export.verify import NUM_IMAGES, OutputDifference, Reference, differences, run_in_chunks
+from zsq.graph.capture import quiet
+from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
+from zsq.run import Run, load_run, write_atomic
+
+# It registers quantized_decomposed, the operators that ExecuTorch and inductor know quantizers by.
+OPERATORS = "torch.ao.quantization.fx._decomposed"
+BYTES = Target(name="pt2", widths=(8,))
+LOWEST, HIGHEST = -128, 127
+
+
+@dataclass(frozen=True)
+class Program:
+    """A written program.
+
+    Attributes:
+        path: of the file.
+        size: its bytes.
+        num_images: synthetic images on which it was compared with the student.
+        outputs: how.
+        notes: what has to be known, in sentences.
+    """
+
+    path: Path
+    size: int
+    num_images: int
+    outputs: tuple[OutputDifference, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dictionary."""
+        return {
+            "file": self.path.name,
+            "bytes": self.size,
+            "engine": f"torch {torch.__version__}",
+            "verified_on_synthetic_images": {
+                "num_images": self.num_images,
+                "outputs": [asdict(d) for d in self.outputs],
+            },
+            "notes": list(self.notes),
+        }
+
+
+def export_pt2(run: Run | str | Path, path: str | Path, *, force: bool = False) -> Program:
+    """Write a run as a torch.export program, after it computed the same as the student.
+
+    Weights are bytes with a scale and a zero point a channel (codes of fewer bits in bytes too), activations
+    signed codes of their true width in bytes; both in `quantized_decomposed` operators, with limits -128..127
+    declared for weights, and quantizers directly before linear layers: the form that ExecuTorch's XNNPACK
+    lowering takes whole if every layer's result is quantized (placement "engine").
+
+    `torch.export.load` reads the file once `torch.ao.quantization.fx._decomposed` is imported; zsq is not
+    needed.
+
+    Args:
+        run: a Run, or the folder of one.
+        path: file to write.
+        force: replace it if it exists.
+
+    Raises:
+        UsageError: a file that exists already, a damaged run.
+        JobError: the program does not compute what the student computes, or cannot be written.
+    """
+    file = Path(path)
+    check_free([file], force=force)
+    loaded = run if isinstance(run, Run) else load_run(run)
+    importlib.import_module(OPERATORS)
+    student, notes = prepared(loaded.student, loaded.images, BYTES)
+    reference = Reference(student, loaded.images[:NUM_IMAGES])
+    lowered, _ = prepared(loaded.student, loaded.images, BYTES)
+    quantize_for_fusion(lowered)
+    program = _program(_with_operators(lowered), tuple(loaded.images.shape[1:]))
+    buffer = io.BytesIO()
+    about = json.dumps(metadata_of(loaded, BYTES, "int8"))
+    torch.export.save(program, buffer, extra_files={"zsq.json": about})
+    content = buffer.getvalue()
+    again = torch.export.load(io.BytesIO(content)).module()
+    names = [f"output_{i}" for i in range(len(reference.outputs))]
+    found = differences(names, run_in_chunks(again, reference.images), reference)
+    wrong = [d for d in found if not d.agrees]
+    if wrong:
+        raise JobError(
+            f"The program does not compute what the student computes (output {wrong[0].name}: relative error "
+            f"{wrong[0].relative_error:.2g}), so it was not written. Use --to onnx, and report the model: "
+            "this is a fault of zsq."
+        )
+    notes.append(f"to load it: import {OPERATORS}, then torch.export.load")
+    write_atomic(file, content)
+    return Program(file, len(content), len(reference.images), tuple(found), tuple(notes))
+
+
+def _program(module: fx.GraphModule, size: tuple[int, ...]) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1)
+    with quiet():
+        return torch.export.export(module, (torch.zeros(2, *size),), dynamic_shapes=({0: batch},))
+
+
+def _with_operators(student: fx.GraphModule) -> fx.GraphModule:
+    """A prepared student with operators on stored bytes in place of its quantizers, in place."""
+    library = torch.ops.quantized_decomposed
+    for node in list(student.graph.nodes):
+        if node.op != "call_module":
+            continue
+        quantizer = student.get_submodule(str(node.target))
+        with student.graph.inserting_before(node):
+            if isinstance(quantizer, WeightQuantizer):
+                value = _weight(student, quantizer, library)
+            else:
+                assert isinstance(quantizer, ActivationQuantizer)
+                value = _activation(student, node, quantizer, library)
+        node.replace_all_uses_with(value)
+        student.graph.erase_node(node)
+    student.delete_all_unused_submodules()
+    student.graph.lint()
+    student.recompile()
+    return student
+
+
+def _weight(student: fx.GraphModule, quantizer: WeightQuantizer, library: Any) -> fx.Node:
+    stored = stored_weight(quantizer, BYTES, BYTES.widths)
+    tensors = {
+        "codes": stored.codes.to(torch.int8),
+        "scale": (quantizer.scale / stored.finer).detach(),
+        "zero_point": stored.zero_point.long(),
+    }
+    count = sum(name.startswith("codes_") for name in student._buffers)
+    read = [_buffer(student, f"{name}_{count}", tensor) for name, tensor in tensors.items()]
+    arguments: tuple[Any, ...] = (*read, quantizer.axis, LOWEST, HIGHEST, torch.int8)
+    return student.graph.call_function(library.dequantize_per_channel.default, arguments)
+
+
+def _activation(
+    student: fx.GraphModule, node: fx.Node, quantizer: ActivationQuantizer, library: Any
+) -> fx.Node:
+    stored, half = stored_activation(quantizer, BYTES, BYTES.widths), 2 ** (quantizer.bits - 1)
+    zero_point = int(stored.zero_point) - half
+    how: tuple[Any, ...] = (float(quantizer.scale), zero_point, -half, half - 1, torch.int8)
+    codes = student.graph.call_function(library.quantize_per_tensor.default, (node.args[0], *how))
+    return student.graph.call_function(library.dequantize_per_tensor.default, (codes, *how))
+
+
+def _buffer(student: nn.Module, name: str, tensor: Tensor) -> fx.Node:
+    assert isinstance(student, fx.GraphModule)
+    student.register_buffer(name, tensor)
+    return student.graph.get_attr(name)
