@@ -166,32 +166,30 @@ def quantize(
     identity = identity_of("quantize", teacher, settings, images, seed, target)
     identity |= _plan_identity(graph, teacher, settings, seed)
     folder = Path(out) if out is not None else None
-    state: State = {}
-    if folder is not None:
-        state = open_state(folder, identity, force=force, command=command, group=group)
-    check_made(made or {}, settings, teacher.spec)
-    pieces = ChainMap(state, made or {})
-    scratch = folder / STATE if folder is not None and folder.is_dir() else Path(tempfile.gettempdir())
-    run = _run_stages(teacher, graph, settings, images, seed, target, pieces, account, bound, scratch)
-    run.record = {
-        "format": FORMAT,
-        "status": "done",
-        "command": command,
-        "budget": budget,
-        "overrides": dict(overrides or {}),
-        "processes": group.size,
-        **identity,
-        "timings": account.timings,
-        "results": run.record,
-    }
-    run.metrics = account.metrics
-    if folder is not None:
+    with open_state(folder, identity, force=force, command=command, group=group) as state:
+        check_made(made or {}, settings, teacher.spec)
+        pieces = ChainMap(state, made or {})
+        scratch = folder / STATE if folder is not None and folder.is_dir() else Path(tempfile.gettempdir())
+        run = _run_stages(teacher, graph, settings, images, seed, target, pieces, account, bound, scratch)
+        run.record = {
+            "format": FORMAT,
+            "status": "done",
+            "command": command,
+            "budget": budget,
+            "overrides": dict(overrides or {}),
+            "processes": group.size,
+            **identity,
+            "timings": account.timings,
+            "results": run.record,
+        }
+        run.metrics = account.metrics
+        if folder is not None:
 
-        def write() -> None:
-            run.write(folder)
-            shutil.rmtree(folder / STATE, ignore_errors=True)
+            def write() -> None:
+                run.write(folder)
+                shutil.rmtree(folder / STATE, ignore_errors=True)
 
-        group.first(write)
+            group.first(write)
     return run
 
 
@@ -230,27 +228,25 @@ def synthesize_images(
     target = _device(device)
     graph = captured(teacher, target)
     _check_graph(graph, settings, teacher)
-    state: State = {}
     folder = Path(out) if out is not None else None
-    if folder is not None:
-        identity = identity_of("synthesize", teacher, settings, None, seed, target)
-        identity |= _plan_identity(graph, teacher, settings, seed)
-        state = open_state(folder, identity, force=force, command=None, group=group)
-    account, keep = Account(progress, group), made is not None
-    found = make_images(graph, teacher, settings, None, seed, target, state, account, keep_sources=keep)
-    if made is not None:
-        made.update({name: state[name] for name in made_names(settings)})
-    if refines(settings) or settings.filter is not None or settings.low_pass is not None:
-        networks = attached(graph, settings, teacher.spec)
-        found = shape_images(networks, found, settings, teacher.spec, seed, state, account)
-    if folder is not None:
+    identity = identity_of("synthesize", teacher, settings, None, seed, target)
+    identity |= _plan_identity(graph, teacher, settings, seed)
+    with open_state(folder, identity, force=force, command=None, group=group) as state:
+        account, keep = Account(progress, group), made is not None
+        found = make_images(graph, teacher, settings, None, seed, target, state, account, keep_sources=keep)
+        if made is not None:
+            made.update({name: state[name] for name in made_names(settings)})
+        if refines(settings) or settings.filter is not None or settings.low_pass is not None:
+            networks = attached(graph, settings, teacher.spec)
+            found = shape_images(networks, found, settings, teacher.spec, seed, state, account)
+        if folder is not None:
 
-        def write() -> None:
-            write_images(folder, found.images, teacher.spec, found.labels, found.prompts)
-            shutil.rmtree(folder / STATE, ignore_errors=True)
-            (folder / RECORD).unlink(missing_ok=True)
+            def write() -> None:
+                write_images(folder, found.images, teacher.spec, found.labels, found.prompts)
+                shutil.rmtree(folder / STATE, ignore_errors=True)
+                (folder / RECORD).unlink(missing_ok=True)
 
-        group.first(write)
+            group.first(write)
     return found.images.cpu()
 
 

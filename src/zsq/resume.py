@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import logging
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,13 @@ from zsq.run import (
     temporary_files,
     write_record,
 )
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 
 def identity_of(
@@ -61,15 +72,59 @@ def identity_of(
     return result
 
 
+@contextmanager
 def open_state(
-    folder: Path, identity: dict[str, Any], *, force: bool, command: str | None, group: Group
-) -> State:
+    folder: Path | None, identity: dict[str, Any], *, force: bool, command: str | None, group: Group
+) -> Iterator[State]:
     """The state of the run in `folder`: that of an interrupted run of the same identity, or a fresh one.
 
-    Process 0 keeps it on disk; the others have a copy.
+    Process 0 keeps it on disk, and the folder for itself; the others have a copy. Without a folder the state
+    is empty and kept nowhere.
+
+    Raises:
+        UsageError: the folder holds something else, or another process is at work on it.
     """
-    state = group.first(lambda: _state_on_disk(folder, identity, force=force, command=command))
-    return group.pieces_of_first({} if state is None else state)
+    if folder is None:
+        yield {}
+        return
+    with ExitStack() as stack:
+        group.first(lambda: stack.enter_context(_held(folder)))
+        state = group.first(lambda: _state_on_disk(folder, identity, force=force, command=command))
+        yield group.pieces_of_first({} if state is None else state)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process; the operating system gives it back when the process ends, however.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    if fcntl is None or folder.is_file():
+        yield
+        return
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # claiming the folder says what is wrong with it
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"Another process is at work on {folder}. Wait for its end, stop it, or choose another --out."
+            ) from error
+        except OSError as error:  # a file system without locks
+            logger.debug("%s cannot be locked: %s", folder, error)
+        yield
+    finally:
+        os.close(descriptor)
+        if made:
+            with suppress(OSError):
+                folder.rmdir()  # only if nothing was written
 
 
 def _state_on_disk(folder: Path, identity: dict[str, Any], *, force: bool, command: str | None) -> State:
