@@ -9,7 +9,7 @@ import typer
 
 from zsq._version import __version__
 from zsq.allocator import keep_freed_memory
-from zsq.cli import exports, jobs, lists
+from zsq.cli import doctor, exports, jobs, lists
 from zsq.cli.arguments import DebugOption
 from zsq.cli.call import begin_call, guarded, refused
 
@@ -65,5 +65,6 @@ for command in (
     lists.show,
     lists.models,
     jobs.bench,
+    doctor.doctor,
 ):
     app.command()(guarded(command))

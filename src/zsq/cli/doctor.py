@@ -1,0 +1,79 @@
+"""The command that tells what is installed here and what each part enables."""
+
+import importlib
+import importlib.metadata
+import platform
+from typing import Any
+
+from zsq._version import __version__
+from zsq.cli.arguments import DebugOption, JsonOption
+from zsq.cli.terminal import print_json, print_parts
+
+# What an extra brings, and what it is for.
+EXTRAS = {
+    "onnx": (("onnx", "onnx_ir", "onnxruntime", "ml_dtypes"), "zsq export, zsq evaluate FILE.onnx"),
+    "openvino": (("openvino",), "exported files checked in OpenVINO"),
+    "timm": (("timm", "torchvision"), "models by timm's names"),
+    "diffusion": (("diffusers", "transformers", "accelerate"), "recipes genq and mixup_class"),
+    "hf": (("datasets", "huggingface_hub"), "data sets and models of the Hugging Face hub"),
+    "report": (("matplotlib", "jinja2"), "plots"),
+    "demo": (("sklearn",), "make demo"),
+}
+
+
+def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Show versions, devices and extras, and what each extra enables."""
+    found = diagnosis()
+    if as_json:
+        print_json(found)
+        return
+    lines = [f"zsq {found['zsq']}, torch {found['torch']}, Python {found['python']}, {found['platform']}"]
+    lines.append(f"devices: {', '.join(found['devices'])}; {found['threads']} threads")
+    for name, extra in found["extras"].items():
+        missing = [package for package, state in extra["packages"].items() if not state["usable"]]
+        state = "ready" if not missing else f"missing {', '.join(missing)}"
+        lines.append(f"{name:10} {state}: {extra['enables']}")
+        lines += [
+            f"{'':10} {package}: {state['problem']}"
+            for package, state in extra["packages"].items()
+            if state["version"] and not state["usable"]
+        ]
+        if missing:
+            lines.append(f"{'':10} pip install 'zsq[{name}]'")
+    print_parts("\n".join(lines))
+
+
+def diagnosis() -> dict[str, Any]:
+    """Versions, devices and extras, for JSON."""
+    import torch
+
+    devices = ["cpu"] + [
+        f"cuda:{k} ({torch.cuda.get_device_name(k)})" for k in range(torch.cuda.device_count())
+    ]
+    return {
+        "zsq": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "extras": {
+            name: {"enables": enables, "packages": {package: _state(package) for package in packages}}
+            for name, (packages, enables) in EXTRAS.items()
+        },
+    }
+
+
+def _state(package: str) -> dict[str, Any]:
+    """Version of an installed package, and whether it can be imported here."""
+    distribution = {"sklearn": "scikit-learn", "onnx_ir": "onnx-ir"}.get(package, package)
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return {"version": None, "usable": False, "problem": "not installed"}
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # packages fail in many ways, e.g. torchvision beside another build of torch
+        problem = " ".join(str(error).split())[:200] or type(error).__name__
+        return {"version": version, "usable": False, "problem": problem}
+    return {"version": version, "usable": True, "problem": None}
