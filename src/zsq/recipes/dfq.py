@@ -11,6 +11,9 @@ Where this differs from the paper:
 * Sums of tensors (residual blocks) have the sum of means and of variances; ranges of what follows them end at
   n deviations too. The mean after maximum pooling is taken to be that before it.
 
+Top-1: cifar10_resnet20 (91.54 in float), 4905 test images, W8A8 91.6, W4A4 85.8. cifar100_resnet20s (70.9 on
+the first 1024 test images), W4: 69.8; without bias correction 68.2, without equalisation either 68.7.
+
 The Gaussian noise of the recipe serves to report an agreement and to check exported files; nothing is
 computed from it.
 """
