@@ -7,8 +7,7 @@ teacher's (`fine_tuning.maps`), and only images that the teacher finds easy have
 ones (`fine_tuning.labels`).
 
 Measured as `zsq show hast` says, W3A3, kept ranges, one seed: distillation alone 86.0, with maps 86.3, with
-the filter 84.2. The filter takes more from these images, which a generator made, than noise; the parts have
-not been compared over paired seeds.
+the filter 84.2. The parts have not been compared over paired seeds.
 
 Where the paper and its published code differ, or the code is in error, this is what is followed:
 
