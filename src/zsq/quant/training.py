@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from zsq.quant.affine import along_axis, asymmetric_qparams, fake_quantize, fake_quantize_learned, quantize
+from zsq.quant.affine import asymmetric_qparams, fake_quantize, fake_quantize_learned, quantize
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from zsq.quant.ranges import minmax
 
@@ -22,24 +22,6 @@ def straight_through_quantize(
     Source: the straight-through estimator as GDFQ's code and those built on it have it.
     """
     return _straight_through(x, scale, zero_point, qmin, qmax, axis)
-
-
-INSIDE = 0.499  # of a step, from a code to where a weight still rounds to it whatever the arithmetic
-
-
-def within_codes(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
-    """The weight, moved as little as possible so that it rounds to the quantizer's codes.
-
-    Where the code is the nearest one, that is the weight itself (also beyond the range); elsewhere it is the
-    edge of the code, beside the nearest one.
-    """
-    scale = along_axis(quantizer.scale, weight, quantizer.axis)
-    zero_point = along_axis(quantizer.zero_point.to(weight.dtype), weight, quantizer.axis)
-    codes = quantizer.codes.to(weight.dtype)
-    lowest = torch.where(codes == 0, -torch.inf, codes - INSIDE)
-    highest = torch.where(codes == 2**quantizer.bits - 1, torch.inf, codes + INSIDE)
-    place = torch.minimum(torch.maximum(weight / scale + zero_point, lowest), highest)
-    return (place - zero_point) * scale
 
 
 class TrainedWeight(nn.Module):

@@ -6,6 +6,9 @@ Gaussian low-pass filter (`fine_tuning.low_pass`), the student's class activatio
 teacher's (`fine_tuning.maps`), and only images that the teacher finds easy have hard labels besides the soft
 ones (`fine_tuning.labels`).
 
+Measured as `zsq show hast` says, W3A3, kept ranges, one seed: distillation alone 86.0, with maps 86.3, with
+the filter 84.2. The parts have not been compared over paired seeds.
+
 Where the paper and its published code differ, or the code is in error, this is what is followed:
 
 * Images are the paper's: HAST's pixels optimised for classes, with layered targets from one calibration image

@@ -65,7 +65,7 @@ def fine_tune(
         images: (N, C, H, W), normalised, on the device to compute on.
         labels: (N,) int64, the classes that the images were made for; None takes the teacher's.
         settings: how.
-        reconstructed: whether its roundings were learned; it decides where the weights start.
+        reconstructed: whether roundings of the student were learned, see `FineTuning`.
         seed: every epoch has its own stream of it.
         finished: the state after each epoch is put there under PIECE, and taken over from there.
         log: called as log(step, values) a few times an epoch; only then the host waits for the device.

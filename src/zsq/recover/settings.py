@@ -110,9 +110,12 @@ class FineTuning:
 
     Trained are float weights behind straight-through rounding, biases and the affine part of BatchNorm; the
     running statistics of BatchNorm never change. From a student that is rounded to nearest, the weights start
-    as the teacher's. From a reconstructed one, whose roundings are decided, they start as the teacher's moved
-    as little as possible so that they round to its codes: with kept ranges the first step sees the
-    reconstructed student itself, and a rounding that was close can still turn.
+    as the teacher's. From a reconstructed one, whose roundings are decided, they start as what its codes
+    stand for, so that the first step sees the reconstructed student itself; codes then turn late (on six
+    convolutions none did in 40 steps at 3e-4), and BatchNorm and biases move first. cifar10_resnet20, W3A3,
+    60 steps of reconstruction a unit, 100 of distillation at 3e-5, 2000 test images, seed 0: 86.0 before and
+    after, while the loss falls by a tenth. Started from the teacher's weights within the same codes, 3 % of
+    the codes turned, and it was 82.3.
 
     At 8 bits nothing is fine-tuned.
 

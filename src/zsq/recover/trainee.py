@@ -10,7 +10,7 @@ from zsq.graph.capture import weight_node
 from zsq.graph.tensors import get_tensor
 from zsq.quant.attach import Quantizers
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
-from zsq.quant.training import FixedRange, MovingRange, TrainedWeight, within_codes
+from zsq.quant.training import FixedRange, MovingRange, TrainedWeight
 from zsq.recover.settings import FineTuning
 
 
@@ -67,7 +67,7 @@ def put_up(
         teacher: captured network that the student was attached to.
         quantizers: of the student.
         settings: of fine-tuning.
-        reconstructed: weights start as the teacher's `within_codes`; else as the teacher's.
+        reconstructed: weights start as what the codes stand for; else as the teacher's.
         observe: None keeps the scales and zero points that there are. If given, weights have the range of
             their values, and it is called once with the part while its activation quantizers average theirs.
     """
@@ -79,8 +79,7 @@ def put_up(
             continue
         quantizer = part.get_submodule(name)
         assert isinstance(quantizer, WeightQuantizer)
-        weight = get_tensor(teacher, str(found.target)).detach()
-        start = within_codes(weight, quantizer) if reconstructed else weight
+        start = quantizer() if reconstructed else get_tensor(teacher, str(found.target))
         weights[name] = TrainedWeight(start, quantizer, keep_range=observe is None)
         part.set_submodule(name, weights[name])
     activations = {n: m for n, m in part.named_modules() if isinstance(m, ActivationQuantizer)}
