@@ -170,7 +170,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "| file - student |",
         "|---|---:|---|---|---:|---:|---:|---:|---:|",
     ]
-    for r in rows:
+    order = list(dict.fromkeys(r["network"] for r in rows))
+    for r in sorted(rows, key=lambda r: order.index(r["network"])):
         size, same = 4 * r["weights"], r.get("bytes_same")
         bits = r["bits"] + (f", {r['container'].upper()}" if r["container"] else "")
         cells = [r["network"], f"{r['weights']:,}", bits, r["placement"], f"{r['bytes'] / size:.3f}"]
