@@ -16,6 +16,7 @@ Where this differs from the paper:
 
 Top-1: cifar10_resnet20 (91.54 in float), 4905 test images, W8A8 91.6, W4A4 85.8. cifar100_resnet20s (70.9 on
 the first 1024 test images), W4: 69.8; without bias correction 68.2, without equalisation either 68.7.
+imagenet_mobilenetv1_0.75, W8A8: 76.0 on 192 images, as in float.
 
 The Gaussian noise of the recipe serves to report an agreement and to check exported files; nothing is
 computed from it.
