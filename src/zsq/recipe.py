@@ -93,13 +93,13 @@ class Equalization:
     Attributes:
         passes: over all pairs of layers, at most.
         replace_relu6: put ReLU in the place of clipped ones first, whose channels cannot be rescaled; this
-            alone changes what the network computes.
+            may change what the network computes by much.
         absorb: move biases into the next layer as far as channels exceed them by `absorb_deviations`.
         absorb_deviations: see `absorb`.
     """
 
     passes: int = 50
-    replace_relu6: bool = True
+    replace_relu6: bool = False
     absorb: bool = True
     absorb_deviations: float = 3.0
 
