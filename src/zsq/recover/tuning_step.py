@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq.distributed import Group
-from zsq.images.augment import crop_and_flip
+from zsq.images.crops import crop, draw_crops
 from zsq.images.low_pass import low_pass, low_pass_gain
 from zsq.out_of_memory import in_chunks
 from zsq.quant.dropping import Rows
@@ -26,7 +26,9 @@ class Views:
         """Images of these indices; crops and flips are drawn from `rng`, if it is given."""
         images = take(self._images, index.to(self._images.device))
         if self._settings.augment and rng is not None:
-            images = crop_and_flip(images, self._settings.crop_scale, rng, rows)
+            rows = rows or Rows(0, len(images), len(images))
+            boxes = draw_crops(rows.count, self.size, self._settings.crop_scale, rng)
+            images = crop(images, boxes[rows.start : rows.stop].to(images.device))
         if self._gain is not None:
             images = low_pass(images, self._gain)
         return images.contiguous(memory_format=torch.channels_last)
