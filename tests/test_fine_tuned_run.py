@@ -22,7 +22,6 @@ TINY: dict[str, Any] = {
     "synthesis.num_images": 10,
     "synthesis.batch_size": 10,
     "synthesis.steps": 2,
-    "synthesis.latent_size": 8,
     "num_holdout": 4,
     "fine_tuning.epochs": 3,
     "fine_tuning.iterations": 2,
@@ -37,7 +36,8 @@ def model() -> Teacher:
 
 
 def tiny(model: Teacher, **options: Any) -> zsq.Run:
-    arguments: dict[str, Any] = {"recipe": "synq", "bits": "W3A3", "overrides": TINY, "seed": 3}
+    overrides = {**TINY, "synthesis.centres": "none"}
+    arguments: dict[str, Any] = {"recipe": "synq", "bits": "W3A3", "overrides": overrides, "seed": 3}
     return quantize(model, **{**arguments, **options})
 
 

@@ -280,7 +280,7 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
         losses = ("distillation", "labels", "maps", "features", "perturbation", "low_pass", "ranges")
         assert all(getattr(tuning, name) == getattr(published_tuning, name) for name in losses)
         assert large.fine_tuning.lr == pytest.approx(tuning.lr * LARGE_FACTOR)
-    stages = ("synthesis", "refinement", "reconstruction", "fine_tuning")
+    stages = ("synthesis", "refinement", "filter", "reconstruction", "fine_tuning")
     published_stages = {name: getattr(recipe, name) for name in stages}
     assert replace(scaled, **published_stages) == recipe
 

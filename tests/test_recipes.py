@@ -103,7 +103,7 @@ def test_synthesis_lowers_its_loss(name: str, model: Teacher) -> None:
     events: list[Progress] = []
     run(model, shrunk(RECIPES[name]), progress=events.append)
     losses = [e.values["loss"] for e in events if e.stage == "synthesize" and "loss" in e.values]
-    assert len(losses) > 5 and losses[-1] < 0.8 * losses[0]
+    assert len(losses) > 5 and min(losses[-4:]) < 0.8 * losses[0]  # a step with crops may be higher
 
 
 @pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if r.fine_tuning is not None])
