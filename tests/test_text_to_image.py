@@ -164,6 +164,7 @@ def test_pipelines_that_cannot_be_loaded(folder: Path, tmp_path: Path, digits: T
         lambda: zsq.quantize(digits, **call, overrides={**SMALL, "synthesis.pipeline": str(tmp_path)})
     )
     assert str(tmp_path) in text and "--set synthesis.pipeline=NAME" in text
+    assert not out.exists()
     wrong = overrides(folder, **{"synthesis.scheduler": "NoScheduler"})
     assert "NoScheduler" in message(lambda: zsq.synthesize_images(digits, recipe="genq", overrides=wrong))
     other = overrides(folder, **{"synthesis.scheduler": "EulerDiscreteScheduler"})

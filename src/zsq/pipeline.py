@@ -25,8 +25,10 @@ from zsq.images.forward import observe
 from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
 from zsq.images.prior import input_prior
 from zsq.images.prompts import TextToImage
+from zsq.images.text_to_image import check_pipeline
 from zsq.memory import cache_bytes, read_bytes
 from zsq.models import Teacher, load_model
+from zsq.pictures import mode_of
 from zsq.progress import Callback, silent, unit_log
 from zsq.quant.engine_biases import round_biases
 from zsq.quant.scheme import parse_bits
@@ -55,7 +57,7 @@ from zsq.run import (
 from zsq.student import stored_bytes
 from zsq.student_fine_tuning import check_losses, fine_tuned
 from zsq.student_images import attached, check_shaping, refines
-from zsq.text_images import plan_identity, prompts_of
+from zsq.text_images import class_names, plan_identity, prompts_of
 from zsq.without_images import check_statistics
 
 logger = logging.getLogger(__name__)
@@ -278,6 +280,10 @@ def _check_graph(graph: fx.GraphModule, settings: Recipe, teacher: Teacher) -> N
         observe(graph)
     if isinstance(settings.synthesis, PixelSynthesis) and settings.synthesis.classes is not None:
         number_of_classes(graph)
+    if isinstance(settings.synthesis, TextToImage):
+        mode_of(teacher.spec)
+        class_names(teacher, settings.synthesis)
+        check_pipeline(settings.synthesis)
     check_statistics(graph, settings, input_prior(teacher.spec))
 
 

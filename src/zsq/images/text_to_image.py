@@ -26,41 +26,56 @@ def load_pipeline(settings: TextToImage, device: torch.device) -> Any:
     Raises:
         UsageError: diffusers is not installed or not usable, nothing is there, or its weights are pickled.
     """
-    with without_broken_torchvision():
-        diffusers = import_extra("diffusers", "diffusion")
-        for package in ("diffusers", "transformers"):  # what they load is none of the user's concern
-            import_extra(f"{package}.utils.logging", "diffusion").disable_progress_bar()
-        pipeline = _loaded(diffusers, settings)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def _loaded(diffusers: Any, settings: TextToImage) -> Any:
-    name = settings.pipeline
-    path = Path(name).expanduser()
-    try:
+    with _diffusers(settings) as (diffusers, place):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            str(path) if path.is_dir() else name,
-            dtype=getattr(torch, settings.precision),
-            use_safetensors=True,
-            local_files_only=path.is_dir(),
+            **place, dtype=getattr(torch, settings.precision), use_safetensors=True
         )
         if settings.scheduler:
             kind = getattr(diffusers, settings.scheduler)
             pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
-    except AttributeError as error:
-        raise UsageError(
-            f"diffusers has no scheduler {settings.scheduler!r}. Expected the name of a class, such as "
-            "DPMSolverMultistepScheduler."
-        ) from error
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        summary = " ".join(str(error).split())[:300].rstrip(".")
-        raise UsageError(
-            f"The text-to-image pipeline {name!r} cannot be loaded ({summary}). Expected a name on the "
-            "Hugging Face hub with safetensors weights, or a folder that save_pretrained of a diffusers "
-            "pipeline wrote; set it with --set synthesis.pipeline=NAME."
-        ) from error
-    return pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def check_pipeline(settings: TextToImage) -> None:
+    """Refuse a pipeline that is not there, without loading its weights.
+
+    Raises:
+        UsageError: so.
+    """
+    with _diffusers(settings) as (diffusers, place):
+        diffusers.DiffusionPipeline.load_config(**place)
+        if settings.scheduler:
+            getattr(diffusers, settings.scheduler)
+
+
+@contextmanager
+def _diffusers(settings: TextToImage) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The package, and where the pipeline is; what it raises becomes one paragraph."""
+    path = Path(settings.pipeline).expanduser()
+    local = path.is_dir()
+    place = {
+        "pretrained_model_name_or_path": str(path) if local else settings.pipeline,
+        "local_files_only": local,
+    }
+    with without_broken_torchvision():
+        diffusers = import_extra("diffusers", "diffusion")
+        for package in ("diffusers", "transformers"):  # what they load is none of the user's concern
+            import_extra(f"{package}.utils.logging", "diffusion").disable_progress_bar()
+        try:
+            yield diffusers, place
+        except AttributeError as error:
+            raise UsageError(
+                f"diffusers has no scheduler {settings.scheduler!r}. Expected the name of a class, such as "
+                "DPMSolverMultistepScheduler."
+            ) from error
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            summary = " ".join(str(error).split())[:300].rstrip(".")
+            raise UsageError(
+                f"The text-to-image pipeline {settings.pipeline!r} cannot be loaded ({summary}). Expected a "
+                "name on the Hugging Face hub with safetensors weights, or a folder that save_pretrained of a "
+                "diffusers pipeline wrote; set it with --set synthesis.pipeline=NAME."
+            ) from error
 
 
 @contextmanager
