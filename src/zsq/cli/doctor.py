@@ -30,14 +30,18 @@ def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:
     lines = [f"zsq {found['zsq']}, torch {found['torch']}, Python {found['python']}, {found['platform']}"]
     lines.append(f"devices: {', '.join(found['devices'])}; {found['threads']} threads")
     for name, extra in found["extras"].items():
-        missing = [package for package, state in extra["packages"].items() if not state["usable"]]
-        state = "ready" if not missing else f"missing {', '.join(missing)}"
-        lines.append(f"{name:10} {state}: {extra['enables']}")
-        lines += [
-            f"{'':10} {package}: {state['problem']}"
-            for package, state in extra["packages"].items()
-            if state["version"] and not state["usable"]
+        packages = extra["packages"]
+        missing = [package for package, state in packages.items() if state["version"] is None]
+        broken = [
+            package for package in packages if package not in missing and not packages[package]["usable"]
         ]
+        states = [
+            f"{word} {', '.join(names)}"
+            for word, names in (("missing", missing), ("broken", broken))
+            if names
+        ]
+        lines.append(f"{name:10} {'; '.join(states) or 'ready'}: {extra['enables']}")
+        lines += [f"{'':10} {package}: {packages[package]['problem']}" for package in broken]
         if missing:
             lines.append(f"{'':10} pip install 'zsq[{name}]'")
     print_parts("\n".join(lines))

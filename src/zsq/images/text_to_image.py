@@ -73,8 +73,8 @@ def _diffusers(settings: TextToImage) -> Iterator[tuple[Any, dict[str, Any]]]:
             summary = " ".join(str(error).split())[:300].rstrip(".")
             raise UsageError(
                 f"The text-to-image pipeline {settings.pipeline!r} cannot be loaded ({summary}). Expected a "
-                "name on the Hugging Face hub with safetensors weights, or a folder that save_pretrained of a "
-                "diffusers pipeline wrote; set it with --set synthesis.pipeline=NAME."
+                "name on the Hugging Face hub with safetensors weights, or a folder that save_pretrained of "
+                "a diffusers pipeline wrote; set it with --set synthesis.pipeline=NAME."
             ) from error
 
 
