@@ -86,8 +86,8 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
     elif isinstance(source, PixelSynthesis):
         source = _pixels(source, num_images, synthesis_steps)
     elif isinstance(source, TextToImage):
-        of_filtered = num_images / _final_count(recipe.filter, source.num_images)
-        source = replace(source, num_images=round(source.num_images * of_filtered))
+        kept_of_it = recipe.filter.chain[-1].keep if recipe.filter is not None else source.num_images
+        source = replace(source, num_images=round(source.num_images * num_images / kept_of_it))
     else:
         source = replace(source, num_images=num_images)
     reconstruction, bits = recipe.reconstruction, recipe.scheme.weight_bits
@@ -108,7 +108,7 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
         )
     kept = recipe.filter
     if kept is not None:
-        kept = _scaled(kept, num_images / _final_count(kept, num_images))
+        kept = _scaled(kept, num_images / kept.chain[-1].keep)
     return replace(
         recipe,
         synthesis=source,
@@ -117,13 +117,6 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
         reconstruction=reconstruction,
         fine_tuning=_shortened(recipe.fine_tuning, budget, large),
     )
-
-
-def _final_count(chosen: Filter | None, count: int) -> int:
-    """Images that a recipe's filters leave, of `count` without any."""
-    while chosen is not None:
-        count, chosen = chosen.keep, chosen.then
-    return count
 
 
 def _scaled(chosen: Filter, factor: float) -> Filter:

@@ -152,22 +152,13 @@ def kept_images(
         labels: (N,) int64, the class that each image was made for; None if that is not known.
     """
     kept = torch.arange(len(images))
-    for chosen in filters_of(settings):
+    for chosen in settings.filter.chain if settings.filter is not None else ():
         if chosen.keep < len(kept):
             of_these = images[kept.to(images.device)]
             groups = labels[kept] if labels is not None and chosen.balanced else torch.zeros_like(kept)
             index = _kept(networks, of_these, groups.to(images.device), settings, chosen, seed)
             kept = kept[index.sort().values.cpu()]
     return kept
-
-
-def filters_of(settings: Recipe) -> list[Filter]:
-    """The filters of a recipe, in order."""
-    found, chosen = [], settings.filter
-    while chosen is not None:
-        found.append(chosen)
-        chosen = chosen.then
-    return found
 
 
 def _kept(
@@ -193,7 +184,7 @@ def check_shaping(graph: fx.GraphModule, settings: Recipe) -> None:
     Raises:
         UsageError: so.
     """
-    for chosen in filters_of(settings):
+    for chosen in settings.filter.chain if settings.filter is not None else ():
         if chosen.method == "bn_sensitivity":
             observe(graph)
         elif chosen.method == "patch_entropy":

@@ -156,17 +156,7 @@ def max_pool(
     b: Builder, node: fx.Node, x: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool
 ) -> Any:
     """aten.max_pool2d."""
-    size = _each(kernel, 2)
-    return b.op(
-        "MaxPool",
-        x,
-        name=node.name,
-        kernel_shape=size,
-        strides=_each(stride, 2) if stride else size,
-        pads=_each(padding, 2) * 2,
-        dilations=_each(dilation, 2),
-        ceil_mode=int(ceil),
-    )
+    return _pool(b, node, "MaxPool", x, kernel, stride, padding, ceil, dilations=_each(dilation, 2))
 
 
 def avg_pool(
@@ -183,16 +173,31 @@ def avg_pool(
     """aten.avg_pool2d."""
     if divisor is not None:
         raise UsageError(f"The pool {node.name} divides by {divisor}, which ONNX has no pool for.")
+    counts = {"count_include_pad": int(count_padding)}
+    return _pool(b, node, "AveragePool", x, kernel, stride, padding, ceil, **counts)
+
+
+def _pool(
+    b: Builder,
+    node: fx.Node,
+    kind: str,
+    x: Any,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    ceil: bool,
+    **attributes: Any,
+) -> Any:
     size = _each(kernel, 2)
     return b.op(
-        "AveragePool",
+        kind,
         x,
         name=node.name,
         kernel_shape=size,
         strides=_each(stride, 2) if stride else size,
         pads=_each(padding, 2) * 2,
         ceil_mode=int(ceil),
-        count_include_pad=int(count_padding),
+        **attributes,
     )
 
 

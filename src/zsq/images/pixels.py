@@ -1,7 +1,7 @@
 """Synthesise images as pixels, one batch at a time, each image of a class where the settings say so."""
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -18,12 +18,9 @@ from zsq.images.pixel_settings import ClassGuide, PixelSynthesis
 from zsq.images.prior import STANDARD, InputPrior
 from zsq.images.schedules import LOGS_A_BATCH, Plateau, check_finite
 from zsq.images.statistics import pooled_statistics
-from zsq.images.synthesize import batch_names, batch_sizes
+from zsq.images.synthesize import Finished, Log, batch_names, batch_sizes, log_batch, room_advice
 from zsq.out_of_memory import no_room
 from zsq.rng import rng_for
-
-Finished = MutableMapping[str, dict[str, Tensor]]
-Log = Callable[[str, int, int, dict[str, float]], None]
 
 
 def synthesize_pixels(
@@ -64,10 +61,7 @@ def synthesize_pixels(
     labels = labels_for(teacher, settings, seed)
     sizes = batch_sizes(settings.num_images, settings.batch_size)
     parts = [None] * len(sizes) if labels is None else labels.split(sizes)
-    advice = (
-        f"Lower synthesis.batch_size (now {settings.batch_size}) or take synthesis.precision=bfloat16 (now "
-        f"{settings.precision}); the images are then others."
-    )
+    advice = room_advice(settings)
     targets: Targets | None = None
     if settings.centres is not None and any(name not in finished for name in names):
         with no_room(advice):
@@ -83,7 +77,7 @@ def synthesize_pixels(
                 labels=parts[index],
                 targets=targets,
                 rng=rng_for(seed, "pixels", index),
-                log=partial(_log_batch, log, names[index], settings.steps),
+                log=partial(log_batch, log, names[index], settings.steps),
                 prior=prior,
             )
         part = parts[index]
@@ -148,7 +142,7 @@ def _centre_statistics(
             sizes[index],
             labels=parts[index],
             rng=rng_for(seed, "centres", index),
-            log=partial(_log_batch, log, names[index], own.steps),
+            log=partial(log_batch, log, names[index], own.steps),
             prior=prior,
         )
         return {"images": images.cpu(), "labels": parts[index]}
@@ -230,7 +224,3 @@ def optimise_pixels(
     advice = f"Try a smaller synthesis.lr (now {settings.lr}) or synthesis.limit=3 (now {settings.limit:g})."
     check_finite(images, "synthesis", advice)
     return images
-
-
-def _log_batch(log: Log, name: str, steps: int, step: int, values: dict[str, float]) -> None:
-    log(name, step, steps, values)

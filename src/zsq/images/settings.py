@@ -172,6 +172,11 @@ class Filter:
         one_of("filter.method", self.method, get_args(FilterMethod))
         one_of("filter.gradients", self.gradients, get_args(Scope))
 
+    @property
+    def chain(self) -> "tuple[Filter, ...]":
+        """This filter and those after it, in order."""
+        return (self, *(self.then.chain if self.then is not None else ()))
+
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Check a setting that is one of several texts.

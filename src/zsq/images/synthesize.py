@@ -93,10 +93,7 @@ def synthesize(
     sizes = batch_sizes(settings.num_images, settings.batch_size)
     names = batch_names(settings)
 
-    advice = (  # not halved in silence: a batch's joint statistics are what is optimised
-        f"Lower synthesis.batch_size (now {settings.batch_size}) or take synthesis.precision=bfloat16 (now "
-        f"{settings.precision}); the images are then others."
-    )
+    advice = room_advice(settings)
 
     def make(index: int) -> dict[str, Tensor]:
         follows = settings.reuse_steps > 0 and index > 0
@@ -108,7 +105,7 @@ def synthesize(
                 input_size,
                 sizes[index],
                 rng=rng_for(seed, "synthesis", index),
-                log=partial(_log_batch, log, names[index], own.steps),
+                log=partial(log_batch, log, names[index], own.steps),
                 prior=prior,
                 start=_generator_state(finished[names[0]]) if follows else None,
             )
@@ -239,8 +236,17 @@ def batch_names(settings: MadeInBatches) -> list[str]:
     return [f"synthesis-{index:03d}" for index in range(count)]
 
 
-def _log_batch(log: Log, name: str, steps: int, step: int, values: dict[str, float]) -> None:
+def log_batch(log: Log, name: str, steps: int, step: int, values: dict[str, float]) -> None:
+    """`log` with its arguments in the order in which they become known."""
     log(name, step, steps, values)
+
+
+def room_advice(settings: MadeInBatches) -> str:
+    """What to do if a batch does not fit: it is not halved, as its joint statistics are what is optimised."""
+    return (
+        f"Lower synthesis.batch_size (now {settings.batch_size}) or take synthesis.precision=bfloat16 (now "
+        f"{settings.precision}); the images are then others."
+    )
 
 
 def batch_sizes(num_images: int, batch_size: int) -> tuple[int, ...]:
