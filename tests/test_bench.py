@@ -216,6 +216,20 @@ def test_what_changed_is_done_again(folder: Path, change: Change, done: list[Any
     assert done == [("images", "", 0), ("genie", "W4A4", 0), ("genie", "W2A4", 0)]
 
 
+def test_diagnostics_are_asked_for_later(folder: Path, change: Change, done: list[Any]) -> None:
+    change('budget = "quick"', 'budget = "quick"\ndiagnostics = 3')
+    change("seeds = [0, 1]", "seeds = [0]")
+    again(folder)
+    assert len(done) == 4 and ("images", "", 0) not in done
+    assert all(row["diagnostics"]["others"]["num_images"] == 3 for row in rows(folder)[-4:])
+    cells = json.loads((folder / "out/results.json").read_text())["networks"][0]["cells"]
+    assert cells[0]["diagnostics"]["sharpness"] == rows(folder)[-4]["diagnostics"]["others"]["sharpness"]
+    assert "Diagnostics of the student" in (folder / "out/table.md").read_text()
+    done.clear()
+    again(folder)
+    assert done == []
+
+
 def test_other_data_is_another_row(folder: Path, change: Change, done: list[Any]) -> None:
     shutil.copy(folder / "train.npz", folder / "test.npz")
     change("seeds = [0, 1]", "seeds = [0]")

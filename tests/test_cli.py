@@ -190,6 +190,18 @@ def test_evaluate(finished: Path, model: str, folder: Path, capsys: Capture) -> 
     assert "labels 0 to 6" in last_line(capsys, "evaluate", finished, "--data", folder / "more classes.npz")
 
 
+def test_diagnostics(finished: Path, model: str, folder: Path, capsys: Capture) -> None:
+    data = folder / "labelled.npz"
+    code, out, err = call(capsys, "evaluate", finished, "--data", data, "--diagnostics", 5)
+    assert code == 0, err
+    assert "student" in out and "teacher (before)" not in out and "none of them is an accuracy" in out
+    code, out, _ = call(capsys, "evaluate", finished, "--data", data, "--diagnostics", 5, "--json")
+    found = json.loads(out)["diagnostics"]
+    assert found["others"]["num_images"] == 5 and found["own"]["num_images"] == 8
+    text = refusal(capsys, "evaluate", model, *INPUT, "--data", data, "--diagnostics", 5)
+    assert "is no run folder" in text
+
+
 def test_a_run_names_its_teacher(finished: Path, model: str, folder: Path, capsys: Capture) -> None:
     code, out, _ = call(capsys, "synthesize", finished, *SMALL, "--out", folder / "images", "--json")
     assert code == 0 and json.loads(out) == {"out": str(folder / "images"), "shape": [8, 3, 8, 8]}

@@ -71,8 +71,8 @@ ALLOWED: dict[str, set[str]] = {
     "memory": GROUND | {"graph", "images"},
     **{name: set() for name in GROUND - {"distributed", "out_of_memory"}},
 }
-TOP = {"", "pipeline", *BENCH, "bench_table", "report", "cli", "__main__"}  # may import anything below
-ABOVE_PIPELINE = {*BENCH, "report", "cli", "__main__"}
+TOP = {"", "pipeline", "diagnostics", *BENCH, "bench_table", "report", "cli", "__main__"}  # anything below
+ABOVE_PIPELINE = {"diagnostics", *BENCH, "report", "cli", "__main__"}
 REQUIRED = {"torch", "numpy", "safetensors", "typer", "rich", "PIL"}
 
 

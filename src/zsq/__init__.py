@@ -12,6 +12,7 @@ from zsq.errors import JobError, UsageError, ZsqError
 
 if TYPE_CHECKING:
     from zsq.allocator import keep_freed_memory
+    from zsq.diagnostics import Diagnostics, diagnose
     from zsq.evaluate import accuracy
     from zsq.export.latency import Latency, bench_latency
     from zsq.export.onnx import Export, export_onnx
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from zsq.run import Run, load_run
 
 _WHERE = {
+    "Diagnostics": "zsq.diagnostics",
     "Export": "zsq.export.onnx",
     "Latency": "zsq.export.latency",
     "ModelSpec": "zsq.models",
@@ -34,6 +36,7 @@ _WHERE = {
     "accuracy": "zsq.evaluate",
     "bench_latency": "zsq.export.latency",
     "compose_recipe": "zsq.pipeline",
+    "diagnose": "zsq.diagnostics",
     "export_onnx": "zsq.export.onnx",
     "export_pt2": "zsq.export.pt2",
     "keep_freed_memory": "zsq.allocator",
@@ -44,6 +47,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "Diagnostics",
     "Export",
     "RECIPES",
     "JobError",
@@ -59,6 +63,7 @@ __all__ = [
     "accuracy",
     "bench_latency",
     "compose_recipe",
+    "diagnose",
     "export_onnx",
     "export_pt2",
     "keep_freed_memory",

@@ -10,7 +10,7 @@ from typing import Any
 from zsq.bench_file import Bench, read_bench
 from zsq.bench_jobs import Task, Worker, do_tasks, tasks_of, worker_commands
 from zsq.bench_plan import Job, Plan, plan_network
-from zsq.bench_row import IMAGES, WORK, Say, fill_row, measure, work_folder
+from zsq.bench_row import IMAGES, WORK, Say, fill_row, is_complete, measure, work_folder
 from zsq.bench_table import MARK, NetworkResults, summarise, to_markdown
 from zsq.errors import JobError, UsageError, ZsqError
 from zsq.run import write_atomic
@@ -56,7 +56,11 @@ def run_bench(
         leftover.unlink(missing_ok=True)  # of a killed write
     finished, floats = _read_rows(folder / ROWS), _read_json(folder / FLOAT)
     for plan in plans:
-        plan.rows = {job.cell: finished[job.key] for job in plan.jobs if job.key in finished}
+        plan.rows = {
+            job.cell: finished[job.key]
+            for job in plan.jobs
+            if job.key in finished and is_complete(finished[job.key], plan)
+        }
     command = ["zsq", "bench", str(path), *(["--out", str(out)] if out is not None else [])]
     command += ["--write", str(write)] if write is not None else []
     header = _header(bench, shlex.join(command))
@@ -169,6 +173,7 @@ def _header(bench: Bench, command: str) -> dict[str, Any]:
         "ends": bench.ends,
         "seeds": list(bench.seeds),
         "device": bench.device,
+        **({"diagnostics": bench.diagnostics} if bench.diagnostics else {}),
     }
     recipes = {
         entry.label: {"uses": entry.name, **entry.set, **({"images": "given"} if entry.images else {})}

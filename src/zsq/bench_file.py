@@ -51,13 +51,17 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """A benchmark file."""
+    """A benchmark file.
+
+    `diagnostics` is the number of labelled images on which every row also has the figures of `zsq.diagnose`.
+    """
 
     name: str
     budget: str
     ends: str
     seeds: tuple[int, ...]
     device: str
+    diagnostics: int
     set: dict[str, Any]
     networks: tuple[Network, ...]
     recipes: tuple[Entry, ...]
@@ -83,6 +87,7 @@ def read_bench(path: Path) -> Bench:
         ends=top.take("ends", TEXT, "8bit"),
         seeds=tuple(top.take("seeds", COUNTS, [0])),
         device=top.take("device", TEXT, "cpu"),
+        diagnostics=top.take("diagnostics", COUNT, 0),
         set=top.settings(),
         networks=tuple(
             _network(_Fields(table, f"{path}, [[networks]] number {k}"), shared_bits)
@@ -168,6 +173,7 @@ TEXT: Kind = ("a text", lambda value: isinstance(value, str) and value != "")
 FLAG: Kind = ("true or false", lambda value: isinstance(value, bool))
 TEXTS: Kind = ("a list of texts", _list_of(str))
 NUMBERS: Kind = ("a list of numbers", _list_of((int, float)))
+COUNT: Kind = ("a whole number that is not negative", lambda value: _list_of(int)([value]) and value >= 0)
 COUNTS: Kind = (
     "a list of whole numbers that are not negative",
     lambda value: _list_of(int)(value) and min(value) >= 0,

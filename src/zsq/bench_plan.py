@@ -47,6 +47,7 @@ class Plan:
     Attributes:
         dataset: its labelled images.
         given: its `images`, (N, C, H, W), normalised, while they are needed.
+        diagnostics: labelled images for the figures of `diagnose`; 0 for none.
         float_key: hash of what the float network's accuracy depends on.
         rows, failures: finished rows and error texts.
     """
@@ -55,6 +56,7 @@ class Plan:
     teacher: Teacher
     dataset: Dataset
     jobs: list[Job]
+    diagnostics: int
     float_key: str
     given: Tensor | None = None
     rows: dict[Cell, dict[str, Any]] = field(default_factory=dict)
@@ -119,7 +121,14 @@ def plan_network(bench: Bench, network: Network) -> Plan:
                 )
                 for seed in bench.seeds
             ]
-    return Plan(network=network, teacher=teacher, dataset=dataset, jobs=jobs, float_key=digest(measured))
+    return Plan(
+        network=network,
+        teacher=teacher,
+        dataset=dataset,
+        jobs=jobs,
+        diagnostics=bench.diagnostics,
+        float_key=digest(measured),
+    )
 
 
 def _overrides(bench: Bench, network: Network) -> Iterator[tuple[Entry, dict[str, Any]]]:

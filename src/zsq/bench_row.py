@@ -23,6 +23,7 @@ from zsq._version import __version__
 from zsq.bench_file import existing_path
 from zsq.bench_plan import Job, Plan, digest
 from zsq.data import load_images
+from zsq.diagnostics import diagnose
 from zsq.errors import UsageError
 from zsq.evaluate import CHUNK, accuracy
 from zsq.images.pixel_settings import MadeInBatches
@@ -77,6 +78,10 @@ def fill_row(
     started = time.perf_counter()
     measured = measure(run.student, plan, device)
     timings["evaluate"] = round(time.perf_counter() - started, 3)
+    diagnostics = {}
+    if plan.diagnostics:
+        others = torch.cat([x for x, _ in plan.dataset.batches(CHUNK, limit=plan.diagnostics)])
+        diagnostics = {"diagnostics": diagnose(run, plan.teacher, others, device=device).to_json()}
     estimates = run.record["results"]["estimated_without_data"]
     kind = "holdout" if "holdout" in estimates else "calibration_images"
     return {
@@ -87,6 +92,7 @@ def fill_row(
         **measured,
         "float": dict(float_accuracy),
         "agreement": {"on": kind, **estimates[kind]},
+        **diagnostics,
         "seconds": timings,
         "settings_sha256": digest(job.definition["settings"]),
         "model_sha256": plan.teacher.sha256,
@@ -96,6 +102,14 @@ def fill_row(
         "machine": _machine(device),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def is_complete(row: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether a finished row has all that the benchmark asks for now."""
+    if plan.diagnostics == 0:
+        return True
+    wanted = min(plan.diagnostics, len(plan.dataset))
+    return "diagnostics" in row and bool(row["diagnostics"]["others"]["num_images"] == wanted)
 
 
 def measure(model: nn.Module, plan: Plan, device: str) -> dict[str, Any]:

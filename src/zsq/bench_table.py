@@ -17,6 +17,17 @@ T_QUANTILES = (
 )
 
 
+# Heading -> where the figure is in a row's "diagnostics"
+DIAGNOSTICS = {
+    "loss": ("others", "loss"),
+    "sharpness": ("others", "sharpness"),
+    "gradient norm": ("generalisation", "other_gradient_norm"),
+    "gap": ("generalisation", "gap"),
+    "alignment of means": ("alignment", "of_means"),
+    "alignment with nearest": ("alignment", "nearest"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkResults:
     """What is known of one network, finished or not.
@@ -138,6 +149,7 @@ def _summarise_network(network: NetworkResults) -> dict[str, Any]:
                     "difference": paired_difference(values, reference)
                     if label != network.recipes[0]
                     else None,
+                    "diagnostics": _mean_diagnostics(network, label, bits),
                     "failures": {
                         str(seed): network.failures[label, bits, seed]
                         for seed in network.seeds
@@ -173,6 +185,18 @@ def _mean_seconds(network: NetworkResults, label: str) -> dict[str, float]:
     return {stage: round(statistics.fmean(values), 3) for stage, values in seconds.items()}
 
 
+def _mean_diagnostics(network: NetworkResults, label: str, bits: str) -> dict[str, float] | None:
+    """Means over the seeds of the figures in `DIAGNOSTICS`; None if no row has them."""
+    rows = [network.rows.get((label, bits, seed)) for seed in network.seeds]
+    found = [row["diagnostics"] for row in rows if row is not None and "diagnostics" in row]
+    if not found:
+        return None
+    return {
+        heading: statistics.fmean(each[part][figure] for each in found)
+        for heading, (part, figure) in DIAGNOSTICS.items()
+    }
+
+
 def _network_lines(network: Mapping[str, Any]) -> list[str]:
     cells = {(cell["recipe"], cell["bits"]): cell for cell in network["cells"]}
     recipes, bits = network["recipes"], network["bits"]
@@ -186,6 +210,14 @@ def _network_lines(network: Mapping[str, Any]) -> list[str]:
         others = [[label, *(_difference_text(cells[label, b]) for b in bits)] for label in recipes[1:]]
         lines += [f"Difference from {recipes[0]} with the same seeds, mean [95 % t-interval]:", ""]
         lines += _table(["recipe", *bits], others)
+    described = [cell for cell in network["cells"] if cell["diagnostics"] is not None]
+    if described:
+        lines += ["Diagnostics of the student on real labelled images, means over seeds:", ""]
+        figures = [
+            [cell["recipe"], cell["bits"], *(f"{v:.4g}" for v in cell["diagnostics"].values())]
+            for cell in described
+        ]
+        lines += _table(["recipe", "bits", *DIAGNOSTICS], figures)
     stages = list(dict.fromkeys(stage for label in recipes for stage in network["seconds"][label]))
     if stages:
         times = [_seconds_texts(label, network["seconds"][label], stages) for label in recipes]

@@ -33,6 +33,7 @@ from zsq.cli.arguments import (
 )
 from zsq.cli.call import call
 from zsq.cli.terminal import (
+    diagnostics_summary,
     evaluate_line,
     measured_summary,
     only_result_on_stdout,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from zsq.teacher import ModelSpec
 
 BATCH_SIZE = 128  # images at once when accuracy is measured
+POWER_STEPS = 10  # of the power iteration for the largest eigenvalue
 
 
 def quantize(
@@ -219,7 +221,15 @@ def evaluate(
     ],
     teacher: Annotated[bool, typer.Option("--teacher", help="of a run, measure the teacher too")] = False,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="images at once")] = BATCH_SIZE,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="only the first N images")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="only N of the images")] = None,
+    diagnostics: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="of a run, also flatness, gradient alignment and generalisation on N of the images",
+        ),
+    ] = 0,
     device: DeviceOption = "cpu",
     weights: WeightsOption = None,
     input_size: InputSizeOption = None,
@@ -233,7 +243,11 @@ def evaluate(
         from zsq.run import load_run
 
         networks: dict[str, nn.Module] = {}
-        exported = Path(model).suffix == ".onnx"
+        exported, from_run = Path(model).suffix == ".onnx", is_run(model)
+        if diagnostics and not from_run:
+            raise UsageError(
+                f"--diagnostics compares the student of a run with its teacher, and {model} is no run folder."
+            )
         if exported:
             _refuse_options(f"{model} is a file that runs by itself", weights, input_size, mean, std)
             if teacher or target != "cpu":
@@ -241,9 +255,10 @@ def evaluate(
                     f"{model} is measured in ONNX Runtime on the CPU. Leave out --teacher and --device."
                 )
             networks["student"], spec, output_shape = _engine(model)
-        elif teacher or not is_run(model):
+        elif teacher or diagnostics or not from_run:
             loaded = read_teacher(model, weights, input_size, mean, std)
-            networks["teacher"] = loaded.module
+            if teacher or not from_run:
+                networks["teacher"] = loaded.module
             spec, output_shape = loaded.spec, loaded.output_shape
         else:
             _refuse_options(
@@ -253,7 +268,7 @@ def evaluate(
                 mean,
                 std,
             )
-        if not exported and is_run(model):
+        if from_run:
             run = load_run(model)
             networks["student"] = run.student
             spec, output_shape = run.spec, tuple(run.student(run.images[:2]).shape[1:])
@@ -261,10 +276,21 @@ def evaluate(
         measured = _measure(
             networks, dataset, target, group, plain=as_json, batch_size=batch_size, limit=limit
         )
+        found: dict[str, Any] = {}
+        if diagnostics and group.rank == 0:
+            import torch
+
+            from zsq.diagnostics import diagnose
+
+            say(f"diagnostics on {min(diagnostics, len(dataset))} of the images")
+            others = torch.cat([images for images, _ in dataset.batches(batch_size, limit=diagnostics)])
+            found = diagnose(run, loaded, others, power_steps=POWER_STEPS, device=target).to_json()
     if as_json:
-        print_json({"model": model, "data": data, **measured})
+        print_json({"model": model, "data": data, **measured, **({"diagnostics": found} if found else {})})
     else:
         print_parts(*measured_summary({"data": data, **measured}))
+        if found:
+            print_parts(*diagnostics_summary(found))
 
 
 def bench(

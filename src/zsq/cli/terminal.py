@@ -285,6 +285,27 @@ def _estimated(estimates: Mapping[str, Any]) -> list[Table | str]:
     return ["", heading, grid(("agreement with the teacher", "signal to noise", "on"), [row])]
 
 
+def diagnostics_summary(found: Mapping[str, Any]) -> list[Table | str]:
+    """Figures of `Diagnostics` in two columns: the images that the student was made with, and others."""
+    own, others, both = found["own"], found["others"], found["generalisation"]
+    rows = [
+        ("reconstruction loss", own["loss"], others["loss"]),
+        ("rise after a step uphill", own["sharpness"], others["sharpness"]),
+        ("largest eigenvalue of its Hessian", own["eigenvalue"], others["eigenvalue"]),
+        ("gradient norm", both["gradient_norm"], both["other_gradient_norm"]),
+        ("images", own["num_images"], others["num_images"]),
+    ]
+    texts = [(name, f"{here:.4g}", f"{there:.4g}") for name, here, there in rows]
+    cosines = found["alignment"]
+    return [
+        "",
+        "diagnostics of the student (none of them is an accuracy)",
+        grid(("", "on its own images", "on the given images"), texts, right=(1, 2)),
+        f"Cosines of their gradients: {cosines['of_means']:.3f} between the means, {cosines['pairwise']:.3f} "
+        f"over pairs, {cosines['nearest']:.3f} with the nearest",
+    ]
+
+
 def measured_summary(measured: Mapping[str, Any]) -> list[Table | str]:
     """Accuracies on real labelled images: {"data": path, "teacher": {...}, "student": {...}}."""
     rows = [
