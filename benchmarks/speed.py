@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import shlex
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from work import median, peak_copy, peak_macs
+from work import added_memory, median, peak_copy, peak_macs
 from yardstick import SIDES, Clocked, Precision, Yardstick
 
 from zsq.allocator import keep_freed_memory
@@ -42,28 +41,7 @@ def peak_memory(arguments: Sequence[str], side: str, stage: str, precision: str)
 
 def measure_alone(yardstick: Yardstick, side: str, stage: str, precision: Precision) -> float:
     """MiB that two steps of a stage add to this process."""
-    device = yardstick.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-        yardstick.alone(side, stage, precision, 2)
-        return (torch.cuda.max_memory_allocated(device) - held) / 2**20
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")  # Linux: the peak so far, of loading and capturing, is forgotten
-    before = _highest()
-    yardstick.alone(side, stage, precision, 2)
-    return _highest() - before
-
-
-def _highest() -> float:
-    """MiB of this process at its highest. (What getrusage says on Linux includes the parent before exec.)"""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) / 2**10
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    return added_memory(lambda: yardstick.alone(side, stage, precision, 2), yardstick.device)
 
 
 def row(stage: str, precision: str, clocked: dict[str, Clocked]) -> dict[str, Any]:

@@ -1,10 +1,13 @@
-"""How much a step computes and moves, and how much the machine can: for benchmarks/speed.py."""
+"""How much a step computes, moves and holds, and how much the machine can: for the other scripts here."""
 
 import math
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +57,31 @@ def count_work(program: Callable[[], Any]) -> Work:
     with WorkCounter() as counter:
         program()
     return Work(macs=counter.macs, moved=counter.moved)
+
+
+def added_memory(program: Callable[[], Any], device: torch.device) -> float:
+    """MiB that a program adds to this process (on CUDA: to the device), at its highest."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        program()
+        return (torch.cuda.max_memory_allocated(device) - held) / 2**20
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")  # Linux: the peak so far, of loading and capturing, is forgotten
+    before = _highest()
+    program()
+    return _highest() - before
+
+
+def _highest() -> float:
+    """MiB of this process at its highest. (What getrusage says on Linux includes the parent before exec.)"""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def peak_macs(dtype: torch.dtype, device: torch.device) -> float:

@@ -38,6 +38,8 @@ import onnx  # noqa: E402
 from zsq.export.bisect import first_difference  # noqa: E402
 from zsq.export.engine import EngineModel, SessionOptions, open_engine  # noqa: E402
 from zsq.export.onnx import Export, export_onnx, lower, serialized  # noqa: E402
+from zsq.export.openvino import OpenVinoModel  # noqa: E402
+from zsq.export.openvino_ir import export_openvino, open_representation  # noqa: E402
 from zsq.export.operations import EMITTERS  # noqa: E402
 from zsq.export.prepare import prepared  # noqa: E402
 
@@ -269,14 +271,55 @@ def test_bytes_are_computed_as_integers(tmp_path: Path) -> None:
 
 
 def test_openvino_computes_the_same(tmp_path: Path) -> None:
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     for bits in ("W8A8", "W4A4", "W3A3", "W2A4"):
         run = run_of(captured(Residual), bits, images(16))
-        export = exported(run, tmp_path, target="openvino", force=True)
-        network = openvino.Core().compile_model(str(export.path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        got = torch.from_numpy(network(images(16).numpy())[0])
-        wanted = run.student(images(16))
+        found = exported(run, tmp_path, target="openvino", force=True)
+        check = found.in_openvino
+        assert check is not None and all(d.agrees for d in check.outputs) and check.num_images == 16
+        beside = json.loads(found.settings.read_text())["openvino"]
+        assert beside["engine"] == check.engine and beside["properties"]["INFERENCE_PRECISION_HINT"] == "f32"
+
+
+def test_without_openvino_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    run = run_of(captured(Residual), "W4A4", images(8))
+    found = exported(run, tmp_path, target="openvino")
+    assert found.in_openvino is None and any("not installed" in note for note in found.notes)
+    assert "zsq[openvino]" in message(lambda: export_openvino(run, tmp_path / "student.xml"))
+
+
+def test_openvino_ir(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    x = images(16)
+    for bits in ("W8A8", "W4A4", "W2A4"):
+        run = run_of(captured(Residual), bits, x)
+        written = export_openvino(run, tmp_path / "student.xml", force=True)
+        assert written.size == sum(p.stat().st_size for p in (written.path, written.weights))
+        file = open_representation(written.path)
+        assert file.spec == run.spec
+        got, wanted = file.model(x), run.student(x)
         assert float((got - wanted).norm() / wanted.norm()) < 0.02
+        assert file.model(x[:3]).shape == (3, wanted.shape[1])  # any batch
+    assert "exists already" in message(lambda: export_openvino(run, tmp_path / "student.xml"))
+    assert "ends in .xml" in message(lambda: export_openvino(run, tmp_path / "student.onnx"))
+    assert "does not load INT2" in message(
+        lambda: export_openvino(run, tmp_path / "other.xml", container="int2")
+    )
+    written.settings.unlink()
+    assert "--to openvino" in message(lambda: open_representation(written.path))
+
+
+def test_a_difference_in_openvino_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    forward = OpenVinoModel.forward
+    monkeypatch.setattr(OpenVinoModel, "forward", lambda self, x: forward(self, x) + 1)
+    run = run_of(captured(Residual), "W4A4", images(8))
+    with pytest.raises(JobError, match="computes something else"):
+        exported(run, tmp_path, target="openvino")
+    with pytest.raises(JobError, match="computes something else"):
+        export_openvino(run, tmp_path / "student.xml")
+    assert not list(tmp_path.iterdir())
 
 
 def test_symmetric_targets_have_no_zero_points(tmp_path: Path) -> None:

@@ -14,16 +14,22 @@ if TYPE_CHECKING:
 
     from zsq.export.latency import Latency
     from zsq.export.onnx import Export
+    from zsq.export.openvino_ir import Representation
     from zsq.export.pt2 import Program
     from zsq.export.verify import OutputDifference
 
-FORMATS = ("onnx", "pt2")
+FORMATS = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}  # with the ending of the file
 
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
     to: Annotated[
-        str, typer.Option("--to", metavar="onnx|pt2", help="kind of file; pt2 is a torch.export program")
+        str,
+        typer.Option(
+            "--to",
+            metavar="onnx|openvino|pt2",
+            help="kind of file: ONNX, OpenVINO's IR, or a torch.export program",
+        ),
     ] = "onnx",
     target: Annotated[
         str | None,
@@ -39,7 +45,8 @@ def export(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="file to write; by default RUN/student.onnx or .pt2")
+        Path | None,
+        typer.Option(metavar="FILE", help="file to write; by default RUN/student.onnx, .xml or .pt2"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the file if it exists")] = False,
     as_json: JsonOption = False,
@@ -48,10 +55,22 @@ def export(
     """Write a run as a file for an engine, after checking there that it computes the same."""
     if to not in FORMATS:
         raise UsageError(f"--to is one of {', '.join(FORMATS)}, got {to!r}.")
-    file = out or run / f"student.{to}"
+    file = out or run / f"student{FORMATS[to]}"
+    if to == "pt2" and container is not None:
+        raise UsageError("A torch.export program has one form. Leave out --container.")
+    if to != "onnx" and target is not None:
+        raise UsageError(f"--target is for ONNX files; --to {to} says already what is to run it.")
+    if to == "openvino":
+        with only_result_on_stdout():
+            from zsq.export.openvino_ir import export_openvino
+
+            representation = export_openvino(run, file, container=container, force=force)
+        if as_json:
+            print_json(representation.to_json())
+        else:
+            print_parts(*_representation_summary(representation))
+        return
     if to == "pt2":
-        if target is not None or container is not None:
-            raise UsageError("A torch.export program has one form. Leave out --target and --container.")
         with only_result_on_stdout():
             from zsq.export.pt2 import export_pt2
 
@@ -115,10 +134,11 @@ def _latency_summary(found: "Latency") -> "list[Table | str]":
 
 
 def _summary(export: "Export") -> "list[Table | str]":
-    check = export.verification
+    check, inside = export.verification, export.in_openvino.outputs if export.in_openvino else ()
     rows = [
         *(_row(difference, "on") for difference in check.optimized),
         *(_row(difference, "off") for difference in check.plain),
+        *(_row(difference, "OpenVINO") for difference in inside),
     ]
     head = ("output", "optimizations", "same class", "largest difference", "relative error")
     session: dict[str, Any] = check.session.to_json()
@@ -133,6 +153,20 @@ def _summary(export: "Export") -> "list[Table | str]":
         *(f"Note: {note}." for note in export.notes),
         runs,
         f"To measure accuracy on labelled images: {evaluate_line(export.path, None)}",
+    ]
+
+
+def _representation_summary(representation: "Representation") -> "list[Table | str]":
+    check, files = representation.check, f"{representation.path} and {representation.weights.name}"
+    head = ("output", "same class", "largest difference", "relative error")
+    rows = [(name, *rest) for name, _, *rest in (_row(d, "") for d in check.outputs)]
+    return [
+        "",
+        f"{files} ({bytes_text(representation.size)}), how to run it: {representation.settings}",
+        f"{check.engine}, float32, against PyTorch on {check.num_images} synthetic images (not an accuracy):",
+        grid(head, rows, right=(1, 2, 3)),
+        *(f"Note: {note}." for note in representation.notes),
+        f"To measure accuracy on labelled images: {evaluate_line(representation.path, None)}",
     ]
 
 

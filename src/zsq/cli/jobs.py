@@ -210,7 +210,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="RUN|MODEL|FILE",
-            help="a run folder, whose student is measured, a model, or an exported .onnx file",
+            help="a run folder, whose student is measured, a model, or an exported .onnx or .xml file",
         ),
     ],
     data: Annotated[
@@ -243,7 +243,7 @@ def evaluate(
         from zsq.run import load_run
 
         networks: dict[str, nn.Module] = {}
-        exported, from_run = Path(model).suffix == ".onnx", is_run(model)
+        exported, from_run = Path(model).suffix in (".onnx", ".xml"), is_run(model)
         if diagnostics and not from_run:
             raise UsageError(
                 f"--diagnostics compares the student of a run with its teacher, and {model} is no run folder."
@@ -252,7 +252,7 @@ def evaluate(
             _refuse_options(f"{model} is a file that runs by itself", weights, input_size, mean, std)
             if teacher or target != "cpu":
                 raise UsageError(
-                    f"{model} is measured in ONNX Runtime on the CPU. Leave out --teacher and --device."
+                    f"{model} is measured in its engine on the CPU. Leave out --teacher and --device."
                 )
             networks["student"], spec, output_shape = _engine(model)
         elif teacher or diagnostics or not from_run:
@@ -328,8 +328,9 @@ def _engine(path: str) -> "tuple[nn.Module, ModelSpec, tuple[int, ...]]":
     import torch
 
     from zsq.export.engine import open_engine
+    from zsq.export.openvino_ir import open_representation
 
-    file = open_engine(path)
+    file = open_representation(path) if Path(path).suffix == ".xml" else open_engine(path)
     outputs = file.model(torch.zeros(2, *file.spec.input_size))
     if isinstance(outputs, tuple):
         raise UsageError(f"{path} has {len(outputs)} outputs. Accuracy needs a classifier, which has one.")

@@ -102,9 +102,9 @@ class EngineModel(nn.Module):
 
 @dataclass(frozen=True)
 class EngineFile:
-    """An ONNX file that zsq exported: the network and what it expects."""
+    """A file that zsq exported: the network in its engine and what it expects."""
 
-    model: EngineModel
+    model: nn.Module
     spec: ModelSpec
     metadata: Mapping[str, str] = field(default_factory=dict)
 

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from zsq.errors import UsageError, import_extra
-from zsq.export.builder import EXTRA
+from zsq.errors import UsageError
 from zsq.export.engine import EngineModel, SessionOptions
 from zsq.export.integer import Fused, fused_operators
-from zsq.export.onnx import PACKAGES, checked, lower, serialized
+from zsq.export.onnx import checked, lower, require_packages, serialized
 from zsq.export.prepare import prepared
 from zsq.export.targets import container_widths, get_target
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
@@ -85,16 +84,15 @@ def bench_latency(
         )
     target = get_target("onnxruntime")
     widths = container_widths(target, container)
-    for package in PACKAGES:
-        import_extra(package, EXTRA)
+    require_packages()
     loaded = run if isinstance(run, Run) else load_run(run)
-    content, check, _ = checked(loaded, target, widths, {})
+    found = checked(loaded, target, widths, {})
     student, _ = prepared(loaded.student, loaded.images, target)
     plain = serialized(lower(in_float(student), target, widths, {}))
     images = loaded.images.repeat(-(-batch_size // len(loaded.images)), 1, 1, 1)[:batch_size]
     models = [
         EngineModel(plain, SessionOptions(), threads=threads),
-        EngineModel(content, check.session, threads=threads),
+        EngineModel(found.content, found.verification.session, threads=threads),
     ]
     before, after = take_turns([_call(model, images) for model in models], rounds)
     quotients = [a / b for a, b in zip(before, after, strict=True)]
@@ -102,7 +100,7 @@ def bench_latency(
         statistics.quantiles(quotients, n=4, method="inclusive") if rounds > 1 else quotients * 3
     )
     return Latency(
-        engine=check.engine,
+        engine=found.verification.engine,
         batch_size=batch_size,
         threads=threads,
         rounds=rounds,
@@ -111,7 +109,7 @@ def bench_latency(
         ratio=ratio,
         ratio_quartiles=(low, high),
         container=container or f"int{min(widths)}",
-        fused=fused_operators(content, check.session),
+        fused=fused_operators(found.content, found.verification.session),
     )
 
 

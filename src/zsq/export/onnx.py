@@ -16,10 +16,11 @@ from zsq.export.builder import EXTRA, Builder
 from zsq.export.codes import stored_activation, stored_weight
 from zsq.export.integer import quantize_for_fusion, reads_codes
 from zsq.export.layers import StoredWeight
+from zsq.export.openvino import OpenVinoCheck, check_in_openvino
 from zsq.export.operations import emit
 from zsq.export.prepare import batch_norm_affine, prepared
 from zsq.export.targets import IR_VERSIONS, OPSET_OF_TWO_BITS, Target, container_widths, get_target
-from zsq.export.verify import Verification, verify
+from zsq.export.verify import NUM_IMAGES, Reference, Verification, verify
 from zsq.graph.capture import aten
 from zsq.graph.fold import BATCH_NORM
 from zsq.graph.tensors import get_tensor
@@ -42,6 +43,7 @@ class Export:
         size: bytes of `path`.
         verification: how the file compared with the student, with the session options that it needs.
         notes: what was changed or has to be known, in sentences.
+        in_openvino: the same comparison there, where OpenVINO is the target and installed.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Export:
     size: int
     verification: Verification
     notes: tuple[str, ...]
+    in_openvino: OpenVinoCheck | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What the settings file holds."""
@@ -56,6 +59,7 @@ class Export:
             "file": self.path.name,
             "bytes": self.size,
             **self.verification.to_json(),
+            **({"openvino": self.in_openvino.to_json()} if self.in_openvino else {}),
             "notes": list(self.notes),
         }
 
@@ -86,16 +90,21 @@ def export_onnx(
     """
     engine = get_target(target)
     widths = container_widths(engine, container)
-    for package in PACKAGES:
-        import_extra(package, EXTRA)
+    require_packages()
     file = Path(path)
     settings = file.with_name(f"{file.name}.json")
     check_free([file, settings], force=force)
     loaded = run if isinstance(run, Run) else load_run(run)
     about = metadata_of(loaded, engine, container)
-    content, check, notes = checked(loaded, engine, widths, about)
-    export = Export(file, settings, len(content), check, (*notes, *engine.notes))
-    write_atomic(file, content)
+    found = checked(loaded, engine, widths, about)
+    notes, in_target = [*found.notes, *engine.notes], None
+    if engine.name == "openvino":
+        try:
+            in_target = check_in_openvino(found.content, found.reference)
+        except UsageError:  # it is not installed
+            notes.append("OpenVINO is not installed here: the file was checked in ONNX Runtime only")
+    export = Export(file, settings, len(found.content), found.verification, tuple(notes), in_target)
+    write_atomic(file, found.content)
     try:
         write_atomic(settings, (json.dumps({**about, **export.to_json()}, indent=2) + "\n").encode())
     except JobError:
@@ -118,10 +127,35 @@ def check_free(files: Sequence[Path], *, force: bool) -> None:
             )
 
 
-def checked(
-    run: Run, target: Target, widths: tuple[int, ...], metadata: dict[str, str]
-) -> tuple[bytes, Verification, list[str]]:
-    """The bytes of a run's file, how they compared with the student, and notes; arguments as for `lower`.
+def require_packages() -> None:
+    """Refuse to begin without what ONNX files are made and checked with.
+
+    Raises:
+        UsageError: a package is missing.
+    """
+    for package in PACKAGES:
+        import_extra(package, EXTRA)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A file that computes in ONNX Runtime what the student computes, not yet written.
+
+    Attributes:
+        content: its bytes.
+        verification: how it compared.
+        reference: what it was compared with.
+        notes: what was changed, in sentences.
+    """
+
+    content: bytes
+    verification: Verification
+    reference: Reference
+    notes: tuple[str, ...]
+
+
+def checked(run: Run, target: Target, widths: tuple[int, ...], metadata: dict[str, str]) -> Checked:
+    """Lower a run and compare the file with the student; arguments as for `lower`.
 
     Raises:
         UsageError: an operation that has no ONNX form, or a damaged run.
@@ -129,7 +163,8 @@ def checked(
     """
     student, notes = prepared(run.student, run.images, target)
     content = serialized(lower(student, target, widths, metadata))
-    return content, verify(content, student, run.student, run.images), notes
+    reference = Reference(student, run.images[:NUM_IMAGES])
+    return Checked(content, verify(content, reference, run.student), reference, tuple(notes))
 
 
 def lower(

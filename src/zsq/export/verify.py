@@ -101,22 +101,19 @@ class Verification:
         }
 
 
-def verify(content: bytes, student: fx.GraphModule, original: nn.Module, images: Tensor) -> Verification:
+def verify(content: bytes, reference: "Reference", original: nn.Module) -> Verification:
     """Compare a file with the network it was made from, with the engine's optimizations on and off.
 
     Args:
         content: the ONNX file.
-        student: the prepared student that it was lowered from.
+        reference: outputs of the prepared student that it was lowered from.
         original: the run's student.
-        images: (N, C, H, W), normalised; the first `NUM_IMAGES` are used.
 
     Raises:
         JobError: the engine does not load the file or computes something else with every session option that
             was tried; the text names the node at which they part.
     """
     runtime: Any = import_extra("onnxruntime", EXTRA)
-    images = images[:NUM_IMAGES]
-    reference = Reference(student, images)
     plain = _differences(content, SessionOptions(optimization=LEVELS[1]), reference)
     wrong = [d for d in plain if not d.agrees]
     if wrong:
@@ -140,10 +137,12 @@ def verify(content: bytes, student: fx.GraphModule, original: nn.Module, images:
     return Verification(
         engine=f"onnxruntime {runtime.__version__}",
         session=options,
-        num_images=len(images),
+        num_images=len(reference.images),
         optimized=tuple(optimized),
         plain=tuple(plain),
-        agreement_with_run=_argmax_agreement(run_in_chunks(original, images)[0], reference.outputs[0]),
+        agreement_with_run=_argmax_agreement(
+            run_in_chunks(original, reference.images)[0], reference.outputs[0]
+        ),
     )
 
 

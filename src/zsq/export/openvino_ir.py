@@ -1,0 +1,108 @@
+"""A run as OpenVINO's own form, the IR: an .xml with a .bin beside it."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zsq.errors import UsageError, import_extra
+from zsq.export.engine import EngineFile
+from zsq.export.onnx import check_free, checked, metadata_of, require_packages
+from zsq.export.openvino import EXTRA, OpenVinoCheck, OpenVinoModel, check_in_openvino
+from zsq.export.targets import TARGETS, container_widths
+from zsq.run import Run, load_run, spec_from_json, write_atomic
+
+
+@dataclass(frozen=True)
+class Representation:
+    """A written IR.
+
+    Attributes:
+        path, weights: the .xml and the .bin.
+        settings: the file that says how to run it (`path` with .json after it).
+        size: bytes of both.
+        check: how it compared with the student, read back from where it was written.
+        notes: what was changed or has to be known, in sentences.
+    """
+
+    path: Path
+    weights: Path
+    settings: Path
+    size: int
+    check: OpenVinoCheck
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What the settings file holds."""
+        return {
+            "file": self.path.name,
+            "bytes": self.size,
+            **self.check.to_json(),
+            "notes": list(self.notes),
+        }
+
+
+def export_openvino(
+    run: Run | str | Path, path: str | Path, *, container: str | None = None, force: bool = False
+) -> Representation:
+    """Write a run as OpenVINO's IR, after its runtime has computed the same with it as PyTorch.
+
+    Args:
+        run: a Run, or the folder of one.
+        path: file to write, .xml; beside it go the weights (.bin) and `path`.json with the check.
+        container: "int4" or "int8", see `export_onnx`.
+        force: replace the files if they exist.
+
+    Raises:
+        UsageError: `path` does not end in .xml, or as for `export_onnx`.
+        JobError: as for `export_onnx`.
+    """
+    target = TARGETS["openvino"]
+    widths = container_widths(target, container)
+    require_packages()
+    openvino: Any = import_extra("openvino", EXTRA)
+    file = Path(path)
+    if file.suffix != ".xml":
+        raise UsageError(f"The file of an OpenVINO IR ends in .xml, got {file}.")
+    files = file, file.with_suffix(".bin"), file.with_name(f"{file.name}.json")
+    check_free(files, force=force)
+    loaded = run if isinstance(run, Run) else load_run(run)
+    about = metadata_of(loaded, target, container)
+    found = checked(loaded, target, widths, about)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "student.xml"
+        model = openvino.Core().read_model(found.content)
+        for key, value in about.items():
+            model.set_rt_info(value, key.split("."))
+        openvino.save_model(model, str(whole), compress_to_fp16=False)
+        check = check_in_openvino(whole, found.reference)
+        written = [whole.read_bytes(), whole.with_suffix(".bin").read_bytes()]
+    result = Representation(*files, sum(map(len, written)), check, (*found.notes, *target.notes))
+    settings = (json.dumps({**about, **result.to_json()}, indent=2) + "\n").encode()
+    # The .xml last: without it there is no model.
+    for name, part in zip((files[1], files[2], files[0]), (written[1], settings, written[0]), strict=True):
+        write_atomic(name, part)
+    return result
+
+
+def open_representation(path: str | Path) -> EngineFile:
+    """Load a written IR.
+
+    Raises:
+        UsageError: it cannot be read, or zsq did not write it.
+        JobError: OpenVINO does not load it.
+    """
+    file = Path(path)
+    settings = file.with_name(f"{file.name}.json")
+    try:
+        about = json.loads(settings.read_text(encoding="utf-8"))
+        spec = spec_from_json(json.loads(about["zsq.preprocessing"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{settings}, which says how the images of {file.name} are prepared, cannot be read ({error}). "
+            "Export the run with zsq export RUN --to openvino."
+        ) from error
+    if not file.is_file():
+        raise UsageError(f"There is no file {file}.")
+    return EngineFile(OpenVinoModel(file), spec, about)
