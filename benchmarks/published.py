@@ -76,6 +76,7 @@ def synthesis(
     *,
     rng: torch.Generator,
     device: torch.device,
+    made: list[Tensor] | None = None,
 ) -> Iterator[Losses]:
     """One batch of images; yields {"loss", "bn", "image"} after every step.
 
@@ -86,6 +87,7 @@ def synthesis(
         num_images: of this batch.
         rng: draws latents, parameters of the generator and shifts, in this order.
         device: where to compute.
+        made: where to put the images, those that the last step began with.
     """
     teacher = copy.deepcopy(network).to(device).eval().requires_grad_(True)
     for module in teacher.modules():
@@ -131,6 +133,8 @@ def synthesis(
         plateau.step(loss.item())
         if (step + 1) % settings.generator_decay_interval == 0:
             decay.step()
+        if made is not None and step == settings.steps - 1:
+            made.append(images.detach())
         yield {"loss": loss.item(), "bn": bn_loss.item(), "image": image_loss.item()}
 
 

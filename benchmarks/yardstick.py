@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 from published import Losses, published_student, reconstruction, synthesis
-from torch import Tensor
+from torch import Tensor, fx
 from work import Work, count_work, synchronise
 
 from zsq.graph.blocks import Unit, split
@@ -115,7 +115,9 @@ class Yardstick:
         self.learning = replace(recipe.reconstruction, steps=options.reconstruction_steps or options.steps)
         self.seed: int = options.seed
 
-    def published_batch(self, settings: Synthesis, index: int) -> Iterator[Losses]:
+    def published_batch(
+        self, settings: Synthesis, index: int, made: list[Tensor] | None = None
+    ) -> Iterator[Losses]:
         """The published loop of one batch."""
         return synthesis(
             self.teacher.module,
@@ -124,6 +126,7 @@ class Yardstick:
             batch_sizes(settings.num_images, settings.batch_size)[index],
             rng=rng_for(self.seed, "synthesis", index),
             device=self.device,
+            made=made,
         )
 
     def zsq_batches(self, settings: Synthesis, log: Callable[[str, int, Losses], None]) -> Tensor:
@@ -139,10 +142,16 @@ class Yardstick:
 
     def published_units(self, images: Tensor, settings: Reconstruction) -> Callable[[str], Iterator[Losses]]:
         """The published loop of a unit, by the unit's name."""
+        return self.published_student(images, settings)[1]
+
+    def published_student(
+        self, images: Tensor, settings: Reconstruction
+    ) -> tuple[fx.GraphModule, Callable[[str], Iterator[Losses]]]:
+        """A student as published, and the loop of each of its units by name, to be run in order."""
         draw = torch.Generator(self.device).manual_seed(self.seed)
         student, quantizers = published_student(self.graph, self.recipe.scheme, draw)
         units = {unit.name: unit for unit in self.units}
-        return lambda name: reconstruction(
+        return student, lambda name: reconstruction(
             self.graph,
             student,
             quantizers,

@@ -62,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     | SETTINGS
     | {"graph", "images", "account", "progress", "run", "student_images", "text_images"},
     "text_images": GROUND | MODELS | SETTINGS | DATA | {"graph", "images", "account", "progress", "run"},
+    "publish": GROUND | MODELS | {"run"},
     "resume": GROUND | MODELS | SETTINGS | {"run"},
     "generalisation": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover"},
     "sharpness": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover"},

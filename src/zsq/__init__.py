@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from zsq.export.pt2 import Program, export_pt2
     from zsq.models import ModelSpec, Teacher, load_model
     from zsq.pipeline import compose_recipe, quantize, synthesize_images
+    from zsq.publish import load_pretrained, push, save_pretrained
     from zsq.recipe import Recipe
     from zsq.recipes import RECIPES
     from zsq.run import Run, load_run
@@ -41,7 +42,10 @@ _WHERE = {
     "export_pt2": "zsq.export.pt2",
     "keep_freed_memory": "zsq.allocator",
     "load_model": "zsq.models",
+    "load_pretrained": "zsq.publish",
     "load_run": "zsq.run",
+    "push": "zsq.publish",
+    "save_pretrained": "zsq.publish",
     "quantize": "zsq.pipeline",
     "synthesize_images": "zsq.pipeline",
 }
@@ -68,8 +72,11 @@ __all__ = [
     "export_pt2",
     "keep_freed_memory",
     "load_model",
+    "load_pretrained",
     "load_run",
+    "push",
     "quantize",
+    "save_pretrained",
     "synthesize_images",
 ]
 

@@ -182,9 +182,10 @@ def write_images(
     tensors = {"images": images, **({} if labels is None else {"labels": labels})}
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     write_atomic(folder / IMAGES, save_safetensors(plain, {"spec": json.dumps(asdict(spec))}))
-    picture = io.BytesIO()
-    contact_sheet(images, spec).save(picture, format="PNG")
-    write_atomic(folder / SHEET, picture.getvalue())
+    if len(images):
+        picture = io.BytesIO()
+        contact_sheet(images, spec).save(picture, format="PNG")
+        write_atomic(folder / SHEET, picture.getvalue())
     if prompts:
         write_atomic(folder / PROMPTS, _json_lines(prompts))
 

@@ -22,7 +22,7 @@ def prepared(student: fx.GraphModule, images: Tensor, target: Target) -> tuple[f
 
     Args:
         student: a quantized network.
-        images: (N, C, H, W) with N >= 1; only their size counts.
+        images: (N, C, H, W); only their size counts.
         target: the engine.
 
     Returns:
@@ -30,8 +30,13 @@ def prepared(student: fx.GraphModule, images: Tensor, target: Target) -> tuple[f
         the batch (for lists of tensors, a list of such), and notes.
 
     Raises:
-        UsageError: a quantizer has no usable range.
+        UsageError: a quantizer has no usable range, or there are no images.
     """
+    if len(images) == 0:
+        raise UsageError(
+            "The run has no images (those that were given to it were not published), and an export is checked "
+            "on them. Export the run before it is published; its exports go along."
+        )
     module = copy.deepcopy(student).cpu().eval()
     _check_ranges(module)
     _propagate_shapes(module, images)
