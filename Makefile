@@ -1,9 +1,9 @@
-# make demo | demo-text | test | lint | bench-speed | bench-*: each sets up .venv first if it is missing or out of date.
+# make demo | demo-text | test | lint | docs | bench-speed | bench-*: each sets up .venv first if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-text test lint clean bench-speed
+.PHONY: demo demo-text test lint docs clean bench-speed
 
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
@@ -19,6 +19,10 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The documentation as a site in build/site; a broken link or a missing name is an error.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 # Time, memory and work beside the published algorithm; more networks: see the head of benchmarks/speed.py.
 bench-speed: .venv/.dev
@@ -39,6 +43,10 @@ bench-%: .venv/.dev
 
 .venv/.text: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP_INSTALL) -e '.[diffusion]'
+	@touch $@
+
+.venv/.docs: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP_INSTALL) -e '.[docs]'
 	@touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python

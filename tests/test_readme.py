@@ -35,6 +35,22 @@ def blocks(language: str) -> list[str]:
     return [block for name, block in found if name == language]
 
 
+def write_model(folder: Path) -> None:
+    """The files that the commands name: path/to/file.py, its weights, labelled images."""
+    source = folder / "path/to"
+    source.mkdir(parents=True)
+    (source / "file.py").write_text(MODEL_FILE, encoding="utf-8")
+    names: dict[str, object] = {}
+    exec(MODEL_FILE, names)
+    network = names["factory"]()  # type: ignore[operator]
+    weights = {k: v for k, v in network.state_dict().items() if "num_batches" not in k}
+    save_file(weights, folder / "model.safetensors")
+    for label in ("cat", "dog"):
+        (source / "images" / label).mkdir(parents=True)
+        colour = "red" if label == "cat" else "blue"
+        Image.new("RGB", (40, 36), colour).save(source / "images" / label / "1.png")
+
+
 def test_python_snippet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = blocks("python")
     monkeypatch.chdir(tmp_path)
@@ -54,18 +70,7 @@ def _overrides() -> dict[str, int]:
 
 def test_quantize_evaluate_and_export_your_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "path/to"
-    folder.mkdir(parents=True)
-    (folder / "file.py").write_text(MODEL_FILE, encoding="utf-8")
-    names: dict[str, object] = {}
-    exec(MODEL_FILE, names)
-    network = names["factory"]()  # type: ignore[operator]
-    save_file({k: v for k, v in network.state_dict().items() if "num_batches" not in k}, "model.safetensors")
-    for label in ("cat", "dog"):
-        (folder / "images" / label).mkdir(parents=True)
-        Image.new("RGB", (40, 36), "red" if label == "cat" else "blue").save(
-            folder / "images" / label / "1.png"
-        )
+    write_model(tmp_path)
     lines = [b.replace("\\\n", " ").splitlines() for b in blocks("") if "runs/" in b]
     commands = [c for block in lines for c in block if c.startswith("zsq ")]
     names_of = [c.split()[1] for c in commands]

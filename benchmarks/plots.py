@@ -1,0 +1,98 @@
+"""Two plots of benchmark rows: accuracy against what it cost, and sharpness against accuracy.
+
+    python benchmarks/plots.py runs/bench-sadag/rows.jsonl runs/bench-sadag_quick/rows.jsonl \
+        --network cifar100_resnet20s --cost docs/cost.svg --sharpness docs/sharpness.svg
+
+Each file of rows is one budget. Cost is the time of synthesis, refinement and reconstruction of a row;
+images are made once for all bits and count in full for each. Sharpness is that of the student's
+reconstruction loss on real labelled images relative to the loss, see `zsq.diagnose`; rows without
+diagnostics are left out there.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+STAGES = ("synthesize", "refine", "reconstruct")
+Row = dict[str, Any]
+
+
+def read_rows(path: Path, network: str) -> list[Row]:
+    """Finished rows of a network."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row["network"] == network]
+
+
+def cost(row: Row) -> float | None:
+    """Seconds of what counts; None where an interruption hid some of them."""
+    seconds = [row["seconds"].get(stage, 0.0) for stage in STAGES]
+    return None if None in seconds else sum(seconds)
+
+
+def groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows by recipe and bits, in order."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["recipe"], row["bits"]), []).append(row)
+    return found
+
+
+def draw_cost(budgets: Sequence[list[Row]], axes: Axes) -> None:
+    """A line for each recipe and bits, through the budgets: mean and deviation over seeds."""
+    lines: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    for rows in budgets:
+        for key, members in groups(rows).items():
+            known = [seconds for seconds in map(cost, members) if seconds is not None]
+            if known:
+                top1 = [row["top1"] for row in members]
+                spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
+                lines.setdefault(key, []).append((statistics.fmean(known), statistics.fmean(top1), spread))
+    for (recipe, bits), points in lines.items():
+        x, y, spread = zip(*sorted(points), strict=True)
+        axes.errorbar(x, y, spread, marker="o", capsize=3, label=f"{recipe}, {bits}")
+    axes.set(
+        xlabel="seconds of synthesis, refinement and reconstruction", ylabel="top-1, percent", xscale="log"
+    )
+
+
+def draw_sharpness(rows: Sequence[Row], axes: Axes) -> None:
+    """A point for each row."""
+    for (recipe, bits), members in groups([row for row in rows if "diagnostics" in row]).items():
+        on_real = [row["diagnostics"]["others"] for row in members]
+        x = [found["sharpness"] / found["loss"] for found in on_real]
+        axes.scatter(x, [row["top1"] for row in members], label=f"{recipe}, {bits}")
+    axes.set(xlabel="sharpness on real images, relative to the loss", ylabel="top-1, percent")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("rows", nargs="+", type=Path, help="rows.jsonl of one benchmark or several")
+    parser.add_argument("--network", required=True, help="its name in the benchmark")
+    parser.add_argument("--cost", type=Path, metavar="FILE", help=".svg or .png")
+    parser.add_argument("--sharpness", type=Path, metavar="FILE", help=".svg or .png")
+    options = parser.parse_args(arguments)
+    budgets = [read_rows(path, options.network) for path in options.rows]
+    for path, draw in (
+        (options.cost, lambda axes: draw_cost(budgets, axes)),
+        (options.sharpness, lambda axes: draw_sharpness([row for rows in budgets for row in rows], axes)),
+    ):
+        if path is not None:
+            figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+            axes = figure.subplots()
+            draw(axes)
+            axes.grid(alpha=0.3)
+            axes.legend()
+            axes.set_title(options.network)
+            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
