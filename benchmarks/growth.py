@@ -140,7 +140,7 @@ def exponent(numbers: Sequence[float], costs: Sequence[float]) -> float:
     """Slope of log(cost) over log(number), least squares over the last three."""
     last = min(3, len(numbers))
     slope, _ = np.polyfit(np.log(numbers[-last:]), np.log(np.maximum(costs[-last:], 1e-9)), 1)
-    return float(slope)
+    return round(float(slope), 2) + 0.0  # not -0.00
 
 
 def tables(results: dict[str, list[dict[str, Any]]]) -> str:
