@@ -65,7 +65,7 @@ def run(model: Teacher, recipe: Recipe, seed: int = 0, **options: Any) -> Run:
 def test_the_table() -> None:
     baselines = {"given", "given-nearest", "noise", "noise-nearest"}
     fine_tuned = {"intraq", "hast", "synq", "genie-synq"}
-    others = {"genie", "sadag", "zeroq", "dsg", "dfq", "genq", "mixup_class"}
+    others = {"genie", "sadag", "zeroq", "dsg", "dfq", "psaq_vit", "genq", "mixup_class"}
     assert set(RECIPES) == others | fine_tuned | baselines
     for name, recipe in RECIPES.items():
         assert recipe.name == name and recipe.paper and get_recipe(name) is recipe

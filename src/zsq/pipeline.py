@@ -22,7 +22,7 @@ from zsq.graph.blocks import Unit, split
 from zsq.graph.capture import capture
 from zsq.images.class_losses import number_of_classes
 from zsq.images.forward import observe
-from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
+from zsq.images.pixel_settings import PixelSynthesis, needs_statistics
 from zsq.images.prior import input_prior
 from zsq.images.prompts import TextToImage
 from zsq.images.text_to_image import check_pipeline
@@ -276,7 +276,7 @@ def _check_graph(graph: fx.GraphModule, settings: Recipe, teacher: Teacher) -> N
         raise UsageError(f"There is nothing to quantize in this model: {error}.") from error
     check_shaping(graph, settings)
     check_losses(graph, settings)
-    if isinstance(settings.synthesis, MadeInBatches):
+    if needs_statistics(settings.synthesis):
         observe(graph)
     if isinstance(settings.synthesis, PixelSynthesis) and settings.synthesis.classes is not None:
         number_of_classes(graph)

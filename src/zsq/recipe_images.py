@@ -13,7 +13,7 @@ from zsq.errors import UsageError
 from zsq.images.low_pass import low_pass, low_pass_gain
 from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
 from zsq.images.pixels import synthesize_pixels
-from zsq.images.prior import input_prior
+from zsq.images.prior import input_prior, pixel_limits
 from zsq.images.prompts import TextToImage
 from zsq.images.settings import Synthesis
 from zsq.images.synthesize import batch_names, batch_sizes, is_complete, synthesize
@@ -196,7 +196,10 @@ def _synthesize(
             report(index, settings.steps, {}, resumed=True)
     shared: Any = {"seed": seed, "finished": state, "log": log, "prior": input_prior(spec)}
     if isinstance(settings, PixelSynthesis):
-        return synthesize_pixels(graph, settings, spec.input_size, **shared, group=account.group)
+        limits = pixel_limits(spec)
+        return synthesize_pixels(
+            graph, settings, spec.input_size, **shared, limits=limits, group=account.group
+        )
     return synthesize(
         graph, settings, spec.input_size, **shared, group=account.group, keep_sources=keep_sources
     )

@@ -12,6 +12,7 @@ from zsq.errors import UsageError
 from zsq.graph.capture import weight_node
 from zsq.graph.fold import BATCH_NORM, fold_into, foldable
 from zsq.graph.tensors import get_tensor
+from zsq.images.looks import attention_patches
 
 aten = torch.ops.aten
 # BatchNorm with stored statistics -> positions of input, running_mean, running_var, training (or None), eps.
@@ -62,12 +63,15 @@ class ForwardPass:
         norms: inputs of the BatchNorm layers, in order of the graph; a layer that runs twice is there twice.
         logits: what the teacher returns; None if no loss asked for it.
         embedding: what its last layer receives, (N, ...); None if no loss asked for it.
+        patches: what its attentions return, in order of the graph, see `patch_cosines`; empty if no loss
+            asked for it.
     """
 
     images: Tensor
     norms: tuple[NormInput, ...]
     logits: Tensor | None
     embedding: Tensor | None = None
+    patches: tuple[Tensor, ...] = ()
 
 
 class Observer:
@@ -79,12 +83,12 @@ class Observer:
 
     def __call__(self, images: Tensor, *extra: object) -> ForwardPass:
         """Run the teacher on images (N, C, H, W); `extra` goes to the further placeholders of a view."""
-        features, logits, embedding = self._graph_module(images, *extra)
+        features, logits, embedding, patches = self._graph_module(images, *extra)
         norms = tuple(
             NormInput(name, x, mean, var, eps, scale)
             for x, (name, mean, var, eps, scale) in zip(features, self._layers, strict=True)
         )
-        return ForwardPass(images=images, norms=norms, logits=logits, embedding=embedding)
+        return ForwardPass(images=images, norms=norms, logits=logits, embedding=embedding, patches=patches)
 
 
 def batch_norms(graph: fx.Graph) -> tuple[fx.Node, ...]:
@@ -93,7 +97,13 @@ def batch_norms(graph: fx.Graph) -> tuple[fx.Node, ...]:
 
 
 def observe(
-    graph_module: fx.GraphModule, *, logits: bool = False, embedding: bool = False, fold: bool = False
+    graph_module: fx.GraphModule,
+    *,
+    logits: bool = False,
+    embedding: bool = False,
+    fold: bool = False,
+    statistics: bool = True,
+    patches: bool = False,
 ) -> Observer:
     """A copy of the captured network that returns what its BatchNorm layers receive.
 
@@ -111,17 +121,19 @@ def observe(
         embedding: whether `ForwardPass.embedding` is wanted: the input of the last layer with a weight on the
             way to the first output.
         fold: as above; losses then are the same up to rounding.
+        statistics: whether `ForwardPass.norms` is wanted.
+        patches: whether `ForwardPass.patches` is wanted.
 
     Raises:
-        UsageError: the network has no BatchNorm with stored statistics.
+        UsageError: `statistics` of a network that has no BatchNorm with stored ones.
     """
-    norms = batch_norms(graph_module.graph)
-    if not norms:
+    norms = batch_norms(graph_module.graph) if statistics else ()
+    if statistics and not norms:
         raise UsageError(
             "This model has no BatchNorm layer with stored statistics (there is none, it was folded into the "
             "convolutions, or it is another kind of normalisation), and this recipe makes images from such "
-            "statistics. Give images of your own with --images, or choose a recipe that needs no BatchNorm; "
-            "`zsq recipes` lists them."
+            "statistics. Take --recipe psaq_vit, which makes images without them, or give images of your own "
+            "with --images."
         )
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -129,7 +141,8 @@ def observe(
     first: Any = result[0] if isinstance(result, (tuple, list)) else result
     features = tuple(copies[_node(node, 0)] for node in norms)
     last = _node(_last_layer(first), 0) if embedding else None
-    returned = graph.output((features, first if logits else None, last))
+    seen = tuple(copies[n] for n in attention_patches(graph_module.graph)) if patches else ()
+    returned = graph.output((features, first if logits else None, last, seen))
     graph.eliminate_dead_code()
     module = fx.GraphModule(graph_module, graph, "Observed")
     layers = [_layer(graph_module, node) for node in norms]

@@ -8,13 +8,16 @@ from torch import Tensor, fx
 
 from zsq.graph.tensors import device_of
 from zsq.images.class_losses import ClassLosses, number_of_classes, soft_targets
-from zsq.images.forward import Observer, observe
+from zsq.images.forward import ForwardPass, Observer, observe
+from zsq.images.look_settings import PatchSimilarity
+from zsq.images.looks import disagreement, patch_cosines, similarity_entropy, variation
 from zsq.images.losses import InputStatistics
-from zsq.images.pixel_settings import PixelSynthesis
+from zsq.images.pixel_settings import PixelSynthesis, StatisticsMatch
 from zsq.images.prior import InputPrior
 from zsq.images.statistics import StatisticsDistance, slack_of, with_targets
 
 Targets = Sequence[tuple[Tensor, Tensor]]  # mean and variance of every BatchNorm's input
+Part = Callable[[ForwardPass], dict[str, Tensor]]  # losses, weighted, by name
 
 
 def pixel_objective(
@@ -29,49 +32,99 @@ def pixel_objective(
 ) -> Callable[[Tensor], dict[str, Tensor]]:
     """What pixels are optimised for: images (N, C, H, W) -> the parts of the loss, weighted, by name.
 
+    Settings whose views are to agree take two views of the images, (2N, C, H, W), one after the other.
+
     Args: as for `optimise_pixels`; `shape` is that of the batch.
 
     Raises:
-        UsageError: the teacher has no BatchNorm.
+        UsageError: the settings ask for the statistics of BatchNorm layers and the teacher has none.
     """
     classes, device = settings.classes, device_of(teacher)
     distant = classes is not None and classes.distance_weight > 0
-    observer = observe(teacher, logits=classes is not None, embedding=distant, fold=True)
+    agreement = settings.views.agreement if settings.views is not None else 0.0
+    observer = observe(
+        teacher,
+        logits=classes is not None or agreement > 0,
+        embedding=distant,
+        fold=True,
+        statistics=settings.bn is not None,
+        patches=settings.patches is not None,
+    )
     reduced = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
-    of_classes = None
+    parts: list[Part] = []
     if classes is not None:
         assert labels is not None
         soft = soft_targets(shape[0], share=classes.soft_share, lowest=classes.soft_lowest, rng=rng)
-        of_classes = ClassLosses(classes, labels.to(device), soft.to(device), number_of_classes(teacher))
-    distance = StatisticsDistance(settings.bn, _slack(observer, settings, shape, rng, device, prior))
-    to_centres = StatisticsDistance(replace(settings.bn, shallow=0.0, deep=1.0))
-    input_statistics = InputStatistics(prior)
+        views = 2 if agreement > 0 else 1
+        asked = (labels.to(device).repeat(views), soft.to(device).repeat(views))
+        parts.append(ClassLosses(classes, *asked, number_of_classes(teacher)))
+    if settings.bn is not None:
+        slack = _slack(observer, settings.bn, shape, rng, device, prior)
+        parts.insert(0, _weighted("bn", settings.bn.weight, StatisticsDistance(settings.bn, slack)))
+    if settings.image_weight > 0:
+        parts.append(_weighted("image", settings.image_weight, InputStatistics(prior)))
+    if settings.centres is not None and settings.bn is not None and targets is not None:
+        to_centres = StatisticsDistance(replace(settings.bn, shallow=0.0, deep=1.0))
+        centres = settings.centres.weight
+        parts.append(_weighted("centres", centres, lambda f: to_centres(with_targets(f, targets))))
+    if settings.patches is not None:
+        parts.append(_weighted("patches", settings.patches.weight, _likeness(settings.patches)))
+    if settings.smoothness is not None:
+        smooth = settings.smoothness
+        wanted = smooth.lowest + (smooth.highest - smooth.lowest) * float(torch.rand((), generator=rng))
+        scale = torch.tensor(prior.of(shape[1])[1], device=device).view(-1, 1, 1)
+        parts.append(
+            _weighted("smoothness", smooth.weight, lambda f: (variation(f.images / scale) - wanted).abs())
+        )
+    if agreement > 0:
+        parts.append(_weighted("agreement", agreement, _disagreement))
 
     def objective(images: Tensor) -> dict[str, Tensor]:
         with reduced:
             forward = observer(images)
-        parts = {"bn": settings.bn.weight * distance(forward)}
-        if of_classes is not None:
-            parts |= of_classes(forward)
-        if settings.image_weight > 0:
-            parts["image"] = settings.image_weight * input_statistics(forward)
-        if settings.centres is not None and targets is not None:
-            parts["centres"] = settings.centres.weight * to_centres(with_targets(forward, targets))
-        return parts
+        return {name: loss for part in parts for name, loss in part(forward).items()}
 
     return objective
 
 
+def _weighted(name: str, weight: float, loss: Callable[[ForwardPass], Tensor]) -> Part:
+    return lambda forward: {name: weight * loss(forward)}
+
+
+def _likeness(settings: PatchSimilarity) -> Callable[[ForwardPass], Tensor]:
+    """Minus the entropy of the patches' similarities, summed over attentions."""
+
+    def loss(forward: ForwardPass) -> Tensor:
+        entropies = [
+            similarity_entropy(
+                patch_cosines(features, len(forward.images)),
+                points=settings.points,
+                bandwidth=settings.bandwidth,
+            )
+            for features in forward.patches
+        ]
+        zero = torch.zeros((), device=forward.images.device)
+        return -torch.stack([zero, *entropies]).sum()
+
+    return loss
+
+
+def _disagreement(forward: ForwardPass) -> Tensor:
+    assert forward.logits is not None
+    first, second = forward.logits.chunk(2)
+    return disagreement(first, second)
+
+
 def _slack(
     observer: Observer,
-    settings: PixelSynthesis,
+    match: StatisticsMatch,
     shape: tuple[int, ...],
     rng: torch.Generator,
     device: torch.device,
     prior: InputPrior,
 ) -> list[tuple[Tensor, Tensor]] | None:
-    if settings.bn.slack == 0:
+    if match.slack == 0:
         return None
     noise = prior.apply(torch.randn(shape, generator=rng).to(device))
     with torch.no_grad():
-        return slack_of(observer(noise), settings.bn)
+        return slack_of(observer(noise), match)

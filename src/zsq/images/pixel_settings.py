@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from zsq.errors import UsageError
+from zsq.images.look_settings import Cosine, PatchSimilarity, Smoothness, Views
 from zsq.images.settings import Synthesis, at_least, one_of, plateau_factor
 
 
@@ -139,14 +140,20 @@ class PixelSynthesis:
         batch_size: images that are optimised together.
         steps: optimizer steps a batch.
         lr: Adam, pixels, in deviations of the expected images.
+        momentum, square_decay: Adam's decay rates of the gradient and of its square.
         plateau_factor: factor of `lr` when the loss has not fallen for `plateau_patience` steps.
         plateau_patience: see `plateau_factor`.
         lr_min: `lr` never falls below it, unless it starts there.
+        cosine: a schedule in place of the plateau's three settings; None for the plateau.
         limit: pixels are cut to so many deviations after each step; 0 leaves them.
+        valid_pixels: cut them to what black and white are, too.
         image_weight: factor of the distance of each image to the expected mean and deviation.
         precision: of the teacher's convolutions and matrix products; the rest is float32.
-        bn: match of the BatchNorm statistics.
+        bn: match of the BatchNorm statistics; None for networks without them.
         classes: what is asked of an image's class; None: images have no class.
+        patches: what is asked of attention; None: nothing.
+        smoothness: None leaves neighbouring pixels alone.
+        views: None shows the images as they are.
         crops: None shows the images as they are.
         centres: None has no targets but those of the BatchNorm layers.
     """
@@ -161,13 +168,20 @@ class PixelSynthesis:
     limit: float = 0.0
     image_weight: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
-    bn: StatisticsMatch = field(default_factory=StatisticsMatch)
+    momentum: float = field(default=0.9, metadata={"described": "unless default"})
+    square_decay: float = field(default=0.999, metadata={"described": "unless default"})
+    cosine: Cosine | None = None
+    valid_pixels: bool = field(default=False, metadata={"described": "unless default"})
+    bn: StatisticsMatch | None = field(default_factory=StatisticsMatch)
     classes: ClassGuide | None = None
+    patches: PatchSimilarity | None = None
+    smoothness: Smoothness | None = None
+    views: Views | None = None
     crops: Crops | None = None
     centres: Centres | None = None
 
     def __post_init__(self) -> None:
-        lowest = 2 if self.bn.over == "batch" else 1
+        lowest = 2 if self.bn is not None and self.bn.over == "batch" else 1
         for name in ("num_images", "batch_size"):
             if getattr(self, name) < lowest:
                 raise UsageError(
@@ -178,6 +192,14 @@ class PixelSynthesis:
         at_least(0, "synthesis", self, ("lr", "lr_min", "limit", "image_weight"))
         plateau_factor("synthesis", self.plateau_factor)
         one_of("synthesis.precision", self.precision, ("float32", "bfloat16"))
+        for name in ("momentum", "square_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"synthesis.{name} is {getattr(self, name)}. Expected 0 or more, below 1.")
+        if self.centres is not None and self.bn is None:
+            raise UsageError(
+                "synthesis.centres sets targets for the statistics of BatchNorm layers, but synthesis.bn is "
+                "none. Give synthesis.bn=on too, or synthesis.centres=none."
+            )
         if self.centres is not None and self.classes is None:
             raise UsageError(
                 "synthesis.centres makes an image of every class, but synthesis.classes is none. Give "
@@ -186,3 +208,10 @@ class PixelSynthesis:
 
 
 MadeInBatches = Synthesis | PixelSynthesis
+
+
+def needs_statistics(settings: object) -> bool:
+    """Whether images of these settings are made from the statistics that BatchNorm layers stored."""
+    return isinstance(settings, Synthesis) or (
+        isinstance(settings, PixelSynthesis) and settings.bn is not None
+    )

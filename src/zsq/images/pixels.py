@@ -13,10 +13,11 @@ from zsq.graph.tensors import device_of
 from zsq.images.class_losses import balanced_labels, number_of_classes
 from zsq.images.crops import crop, draw_crops
 from zsq.images.forward import observe
+from zsq.images.looks import moved
 from zsq.images.pixel_objective import Targets, pixel_objective
 from zsq.images.pixel_settings import ClassGuide, PixelSynthesis
-from zsq.images.prior import STANDARD, InputPrior
-from zsq.images.schedules import LOGS_A_BATCH, Plateau, check_finite
+from zsq.images.prior import STANDARD, InputPrior, PixelLimits
+from zsq.images.schedules import LOGS_A_BATCH, Annealing, Plateau, check_finite
 from zsq.images.statistics import pooled_statistics
 from zsq.images.synthesize import Finished, Log, batch_names, batch_sizes, log_batch, room_advice
 from zsq.out_of_memory import no_room
@@ -32,6 +33,7 @@ def synthesize_pixels(
     finished: Finished,
     log: Log,
     prior: InputPrior | None = None,
+    limits: PixelLimits | None = None,
     group: Group = ALONE,
 ) -> Tensor:
     """Images in batches that know nothing of one another; each has its own stream of `seed`.
@@ -39,7 +41,8 @@ def synthesize_pixels(
     With classes, all images together have each class equally often, and so has every batch.
 
     Args:
-        teacher: captured network with its BatchNorm layers, on the device to compute on; untouched.
+        teacher: captured network, with its BatchNorm layers if it has any, on the device to compute on;
+            untouched.
         settings: how many, and how.
         input_size: (C, H, W) of the teacher's images.
         seed: batch k draws from the stream ("pixels", k) of it, so batches can be made in any order.
@@ -47,6 +50,7 @@ def synthesize_pixels(
             `centre_names`; those found there are taken over, others added.
         log: called as log(batch name, step, steps, values) a few times a batch.
         prior: mean and deviation that the images start from and are held to; None for 0 and 1.
+        limits: normalised black and white, for settings that keep pixels valid.
         group: processes that make a batch each at a time; all get all images, the same bits whatever their
             number.
 
@@ -54,7 +58,7 @@ def synthesize_pixels(
         (num_images, C, H, W), normalised, float32, on the CPU.
 
     Raises:
-        UsageError: the teacher has no BatchNorm, or classes are wanted and it returns none.
+        UsageError: the teacher has none of the BatchNorm layers or classes that the settings ask for.
         JobError: the optimisation diverged.
     """
     names = batch_names(settings)
@@ -79,6 +83,7 @@ def synthesize_pixels(
                 rng=rng_for(seed, "pixels", index),
                 log=partial(log_batch, log, names[index], settings.steps),
                 prior=prior,
+                limits=limits,
             )
         part = parts[index]
         return {"images": images.cpu(), **({} if part is None else {"labels": part})}
@@ -118,7 +123,7 @@ def _centre_statistics(
     Source: calibration centres of TexQ (NeurIPS 2023) as in SynQ's code (arXiv:2603.18423), which fills a
     batch that has more places than classes are left with further images of class 0; here it is smaller.
     """
-    assert settings.centres is not None
+    assert settings.centres is not None and settings.bn is not None
     own = replace(
         settings,
         steps=settings.centres.steps,
@@ -165,62 +170,93 @@ def optimise_pixels(
     rng: torch.Generator,
     log: Callable[[int, dict[str, float]], None],
     prior: InputPrior | None = None,
+    limits: PixelLimits | None = None,
 ) -> Tensor:
     """Optimise the pixels of one batch, from Gaussian noise.
 
     Args:
-        teacher: captured network with its BatchNorm layers, on the device to compute on; untouched.
+        teacher: captured network, with its BatchNorm layers if it has any, on the device to compute on;
+            untouched.
         settings: losses and learning rate; `num_images` and `batch_size` are not read.
         input_size: (C, H, W) of the teacher's images.
         num_images: images of this batch.
         labels: (num_images,), int64; None if the settings ask for no class.
         targets: statistics of the centres, for settings with centres.
-        rng: on the CPU; draws pixels, targets of the classes, the noise that slack is measured on, and crops.
+        rng: on the CPU; draws pixels, targets of classes and smoothness, the noise that slack is measured on,
+            crops and views.
         log: called as log(step, values) about 20 times; only then the host waits for the device.
         prior: mean and deviation that the images start from; None for 0 and 1.
+        limits: normalised black and white, for settings that keep pixels valid.
 
     Returns:
         (num_images, C, H, W), normalised, float32, on the teacher's device.
 
     Raises:
-        UsageError: the teacher has no BatchNorm.
+        UsageError: the teacher has none of the BatchNorm layers or classes that the settings ask for.
         JobError: the optimisation diverged.
     """
     device, prior = device_of(teacher), prior or STANDARD
     shape = (num_images, *input_size)
     pixels = torch.randn(shape, generator=rng).to(device).contiguous(memory_format=torch.channels_last)
     pixels.requires_grad_()
-    plateau = Plateau(
+    schedule = _schedule(settings, device)
+    optimizer = torch.optim.Adam(
+        [{"params": [pixels], "lr": schedule.lr}],
+        betas=(settings.momentum, settings.square_decay),
+        fused=True,
+    )
+    bounds = limits.standard(prior, device) if settings.valid_pixels and limits is not None else None
+    objective = pixel_objective(
+        teacher, settings, shape, labels=labels, targets=targets, rng=rng, prior=prior
+    )
+    log_every = math.ceil(settings.steps / LOGS_A_BATCH)
+    for step in range(settings.steps):
+        shown = _shown(prior.apply(pixels), settings, step, rng)
+        parts = objective(shown.contiguous(memory_format=torch.channels_last))
+        loss = torch.stack(list(parts.values())).sum()
+        optimizer.zero_grad()
+        loss.backward(inputs=[pixels])
+        optimizer.step()
+        with torch.no_grad():
+            if settings.limit:
+                pixels.clamp_(-settings.limit, settings.limit)
+            if bounds is not None:
+                torch.clamp(pixels, *bounds, out=pixels)
+        schedule.step(loss.detach())
+        if step % log_every == 0 or step == settings.steps - 1:
+            values = {"loss": loss, **parts, "lr": schedule.lr}
+            log(step, {name: value.item() for name, value in values.items()})
+    images = prior.apply(pixels.detach()).contiguous()
+    advice = f"Try a smaller synthesis.lr (now {settings.lr}) or synthesis.limit=3 (now {settings.limit:g})."
+    check_finite(images, "synthesis", advice)
+    return images
+
+
+def _schedule(settings: PixelSynthesis, device: torch.device) -> Plateau | Annealing:
+    if settings.cosine is not None:
+        return Annealing(settings.lr, settings.cosine, steps=settings.steps, device=device)
+    return Plateau(
         settings.lr,
         factor=settings.plateau_factor,
         patience=settings.plateau_patience,
         lowest=settings.lr_min,
         device=device,
     )
-    optimizer = torch.optim.Adam([{"params": [pixels], "lr": plateau.lr}], fused=True)
-    objective = pixel_objective(
-        teacher, settings, shape, labels=labels, targets=targets, rng=rng, prior=prior
-    )
-    log_every = math.ceil(settings.steps / LOGS_A_BATCH)
-    for step in range(settings.steps):
-        shown = prior.apply(pixels)
-        crops = settings.crops
-        if crops is not None and float(torch.rand((), generator=rng)) < crops.prob:
-            boxes = draw_crops(num_images, input_size[1:], crops.smallest, rng)
-            shown = crop(shown, boxes.to(device, non_blocking=True))
-        parts = objective(shown.contiguous(memory_format=torch.channels_last))
-        loss = torch.stack(list(parts.values())).sum()
-        optimizer.zero_grad()
-        loss.backward(inputs=[pixels])
-        optimizer.step()
-        if settings.limit:
-            with torch.no_grad():
-                pixels.clamp_(-settings.limit, settings.limit)
-        plateau.step(loss.detach())
-        if step % log_every == 0 or step == settings.steps - 1:
-            values = {"loss": loss, **parts, "lr": plateau.lr}
-            log(step, {name: value.item() for name, value in values.items()})
-    images = prior.apply(pixels.detach()).contiguous()
-    advice = f"Try a smaller synthesis.lr (now {settings.lr}) or synthesis.limit=3 (now {settings.limit:g})."
-    check_finite(images, "synthesis", advice)
-    return images
+
+
+def _shown(images: Tensor, settings: PixelSynthesis, step: int, rng: torch.Generator) -> Tensor:
+    """What the teacher is shown of images (N, C, H, W) in a step: crops, views, two of them if they agree."""
+    crops, views = settings.crops, settings.views
+    if crops is not None and float(torch.rand((), generator=rng)) < crops.prob:
+        boxes = draw_crops(len(images), (images.shape[2], images.shape[3]), crops.smallest, rng)
+        images = crop(images, boxes.to(images.device, non_blocking=True))
+    if views is None:
+        return images
+    rounds = settings.cosine.rounds if settings.cosine is not None else 1
+    share = (step * rounds // settings.steps + 1) / rounds
+    furthest = round(views.jitter * share * min(images.shape[2:]))
+    found = []
+    for _ in range(2 if views.agreement > 0 else 1):
+        offset = int(torch.randint(-furthest, furthest + 1, (), generator=rng))
+        found.append(moved(images, offset, mirror=float(torch.rand((), generator=rng)) < views.mirror))
+    return torch.cat(found)

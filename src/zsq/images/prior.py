@@ -42,6 +42,24 @@ class InputPrior:
         return standard * std + mean
 
 
+@dataclass(frozen=True)
+class PixelLimits:
+    """What black and white are for a model, in normalised units.
+
+    Attributes:
+        lowest, highest: (C,).
+    """
+
+    lowest: tuple[float, ...]
+    highest: tuple[float, ...]
+
+    def standard(self, prior: InputPrior, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The same before the prior is applied: two tensors (C, 1, 1)."""
+        mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in prior.of(len(self.lowest)))
+        lowest, highest = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (self.lowest, self.highest))
+        return (lowest - mean) / std, (highest - mean) / std
+
+
 STANDARD = InputPrior((), ())  # mean 0 and deviation 1, for any number of channels
 
 
@@ -65,3 +83,9 @@ def input_prior(spec: ModelSpec) -> InputPrior:
         tuple((m - shift) / scale for m, shift, scale in zip(means, spec.mean, spec.std, strict=True)),
         tuple(s / scale for s, scale in zip(stds, spec.std, strict=True)),
     )
+
+
+def pixel_limits(spec: ModelSpec) -> PixelLimits:
+    """Normalised black and white of a model."""
+    pairs = list(zip(spec.mean, spec.std, strict=True))
+    return PixelLimits(tuple(-m / s for m, s in pairs), tuple((1 - m) / s for m, s in pairs))

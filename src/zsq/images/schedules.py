@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zsq.errors import JobError
+from zsq.images.look_settings import Cosine
 from zsq.images.settings import Refinement, Synthesis
 from zsq.images.sources import LatentGenerator
 
@@ -47,6 +48,42 @@ class Plateau:
         lower = torch.minimum(self.lr, (self.lr * self._factor).clamp(min=self._min))
         self.lr.copy_(torch.where(reduce, lower, self.lr))
         self._waited = torch.where(reduce, 0.0, self._waited)
+
+
+class Annealing:
+    """A learning rate that rises linearly and falls along half a cosine, in each of some rounds.
+
+    In step k of a round of n steps, w of them in the warm-up: lr (k + 1) / w, then
+    lr (1 + cos(pi (k - w) / (n - w))) / 2. A last round that is cut short is as long as the others.
+
+    Args:
+        lr: the highest.
+        settings: rounds and warm-up.
+        steps: of all rounds.
+        device: where `lr` is kept.
+
+    Attributes:
+        lr: the learning rate, a scalar tensor that `step` overwrites.
+
+    Source: PSAQ-ViT's code (see arXiv:2203.02250).
+    """
+
+    def __init__(self, lr: float, settings: Cosine, *, steps: int, device: torch.device) -> None:
+        self._highest, self._count = lr, 0
+        self.length = math.ceil(steps / settings.rounds)
+        self._warmup = round(settings.warmup * self.length)
+        self.lr = torch.tensor(self._at(0), device=device)
+
+    def step(self, _: Tensor) -> None:
+        """Go on to the next step; the loss does not matter."""
+        self._count += 1
+        self.lr.fill_(self._at(self._count % self.length))
+
+    def _at(self, step: int) -> float:
+        if step < self._warmup:
+            return self._highest * (step + 1) / self._warmup
+        share = (step - self._warmup) / (self.length - self._warmup)
+        return self._highest * (1 + math.cos(math.pi * share)) / 2
 
 
 class Convergence:

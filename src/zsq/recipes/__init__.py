@@ -10,6 +10,7 @@ from zsq.recipes.genq import GENQ
 from zsq.recipes.hast import HAST
 from zsq.recipes.intraq import INTRAQ
 from zsq.recipes.mixup_class import MIXUP_CLASS
+from zsq.recipes.psaq_vit import PSAQ_VIT
 from zsq.recipes.sadag import SADAG
 from zsq.recipes.synq import SYNQ
 from zsq.recipes.zeroq import DSG, ZEROQ
@@ -24,6 +25,7 @@ _ALL = (
     HAST,
     SYNQ,
     GENIE_SYNQ,
+    PSAQ_VIT,
     GENQ,
     MIXUP_CLASS,
     GIVEN,

@@ -20,19 +20,20 @@ from zsq.images.pixel_settings import Centres, ClassGuide, Crops, PixelSynthesis
 # ZeroQ (arXiv:2001.00281): no classes. Its code takes the statistics of each image on its own, where the
 # paper writes those of a batch, and squared norms over channels; it adds 1e-6 to the variances on both
 # sides.
+ZEROQ_MATCH = StatisticsMatch(over="image", channels="sum")
 ZEROQ_IMAGES = PixelSynthesis(
     num_images=64,
     batch_size=64,
     steps=500,
     plateau_patience=100,
     image_weight=1.0,
-    bn=StatisticsMatch(over="image", channels="sum"),
+    bn=ZEROQ_MATCH,
 )
 
 # DSG (arXiv:2103.01049): ZeroQ's images with slack distribution alignment and layer-wise sample
 # enhancement. The paper's batch has an image for each BatchNorm layer; here image i enhances layer i mod L
 # in any batch.
-DSG_IMAGES = replace(ZEROQ_IMAGES, bn=replace(ZEROQ_IMAGES.bn, slack=0.9, enhance=True))
+DSG_IMAGES = replace(ZEROQ_IMAGES, bn=replace(ZEROQ_MATCH, slack=0.9, enhance=True))
 
 # What IntraQ, HAST and SynQ have in common: means and biased variances of a batch, means over channels and
 # layers.
