@@ -27,7 +27,11 @@ from zsq.graph.capture import (
 def test_computes_what_the_module_computes_for_any_batch_size(name: str) -> None:
     for count in (1, 2, 5):
         x = images(count)
-        assert same(outputs(graph_of(name), x.clone()), outputs(network(name), x.clone()))
+        found, wanted = outputs(graph_of(name), x.clone()), outputs(network(name), x.clone())
+        if name == "transformer":  # its fused attention is written out, which rounds otherwise
+            torch.testing.assert_close(found, wanted)
+        else:
+            assert same(found, wanted)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -81,12 +81,12 @@ def compose_recipe(
     found = get_recipe(recipe) if isinstance(recipe, str) else recipe
     if (bits, ends, placement) != (None, None, None):
         scheme = found.scheme
-        scheme = parse_bits(
+        given = parse_bits(
             scheme.bits if bits is None else bits,
             ends=scheme.ends if ends is None else ends,
             placement=scheme.placement if placement is None else placement,
         )
-        found = replace(found, scheme=scheme)
+        found = replace(found, scheme=replace(given, softmax=scheme.softmax))
     return with_overrides(with_budget(found, budget, input_size=input_size), overrides or {})
 
 

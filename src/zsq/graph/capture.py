@@ -14,6 +14,7 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from zsq.errors import UsageError
+from zsq.graph.attention import write_out_attention
 from zsq.graph.tensors import device_of, get_tensor, make_submodule
 
 aten = torch.ops.aten
@@ -50,8 +51,9 @@ def capture(module: nn.Module, input_size: tuple[int, int, int]) -> fx.GraphModu
     """Record what `module` computes in eval mode, for any batch size.
 
     The result has one placeholder (images, (N, C, H, W)), holds the module's own tensors (no copies), no
-    operation that writes in place and no dropout; everything that does not depend on the images is computed
-    once. Its output is that of the module, with dictionaries and nested tuples flattened to one tuple.
+    operation that writes in place and no dropout; fused attention is written out, and everything that does
+    not depend on the images is computed once. Its output is that of the module, with dictionaries and nested
+    tuples flattened to one tuple.
 
     Args:
         module: any network of one image tensor.
@@ -77,6 +79,7 @@ def capture(module: nn.Module, input_size: tuple[int, int, int]) -> fx.GraphModu
     _remove_identities(graph_module)
     _remove_in_place(graph_module)
     _accept_any_strides(graph_module)
+    write_out_attention(graph_module.graph)
     _remove_unused(graph_module)
     _fold_constants(graph_module)
     graph_module.graph.lint()

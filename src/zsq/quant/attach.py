@@ -1,15 +1,19 @@
 """Put quantizers on a copy of the teacher's graph, as the scheme says."""
 
 import copy
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
-from zsq.graph.capture import LAYERS, weight_node
+from zsq.graph.capture import LAYERS, aten, weight_node
 from zsq.graph.tensors import device_of, get_tensor, make_submodule
 from zsq.quant.engine_placement import place_for_engine
 from zsq.quant.quantizers import ActivationQuantizer, quantize_weight
 from zsq.quant.scheme import Placement, Scheme, place
+
+OCTAVES = 16  # of probabilities that logarithmic codes tell apart, from 1 down to 2^-16
 
 
 @dataclass(frozen=True)
@@ -104,11 +108,37 @@ def _attach_activations(student: fx.GraphModule, placement: Placement) -> dict[s
             student.add_submodule(name, ActivationQuantizer(bits=bits).to(device))
         for reader in placement.readers[tensor]:
             with student.graph.inserting_before(by_name[reader]):
-                call = student.graph.call_module(name, (source,))
+                if tensor in placement.logarithmic:
+                    call = _logarithmic_call(student, name, source)
+                else:
+                    call = student.graph.call_module(name, (source,))
             call.meta = dict(source.meta)
             by_name[reader].replace_input_with(source, call)
         names[tensor] = name
     return names
+
+
+def _logarithmic_call(student: fx.GraphModule, name: str, source: fx.Node) -> fx.Node:
+    """2^-q(-log2 x) of probabilities, with q the quantizer; its range is fixed to 0 .. OCTAVES.
+
+    Source: FQ-ViT (arXiv:2111.13824), log2 quantization of softmax, for 4 bits.
+    """
+    quantizer = student.get_submodule(name)
+    assert isinstance(quantizer, ActivationQuantizer)
+    quantizer.set_range(torch.tensor(OCTAVES / 2**quantizer.bits), torch.tensor(0.0))
+    value: fx.Node = source
+    for operation, *args in (
+        (aten.clamp_min.default, 2.0**-OCTAVES),
+        (aten.log.default,),
+        (aten.mul.Tensor, -1 / math.log(2)),
+    ):
+        value = student.graph.call_function(operation, (value, *args))
+        value.meta = dict(source.meta)
+    value = student.graph.call_module(name, (value,))
+    value.meta = dict(source.meta)
+    value = student.graph.call_function(aten.mul.Tensor, (value, -math.log(2)))
+    value.meta = dict(source.meta)
+    return student.graph.call_function(aten.exp.default, (value,))
 
 
 def _drop_unused_tensors(student: fx.GraphModule) -> None:

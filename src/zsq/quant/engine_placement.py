@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from zsq.graph.attention import operands as factors
 from zsq.graph.capture import activations, aten, output_nodes, weight_node
 from zsq.graph.fold import BATCH_NORM, foldable
 from zsq.quant.scheme import MOVES, Placement, Scheme, layer_depths, leads_to_layer, zero_padded
@@ -48,7 +49,7 @@ def place_for_engine(graph: fx.Graph, scheme: Scheme) -> Placement:
     * what the first layer reads (the image), with 8 bits: it comes as 8-bit pixels,
     * what every layer and every addition of two tensors returns, after the BatchNorm that folds into the
       layer and the ReLU or clip that engines fuse, unless the network returns it (through moves at most),
-    * both operands of such an addition,
+    * both operands of such an addition, and operands and result of a matrix product of activations,
     * what local average pools read and return.
 
     Max pools, nearest upsampling, slices and reshapes carry codes on. The operands and the result of a
@@ -106,7 +107,10 @@ class _Placing:
         )
 
     def operands(self, node: fx.Node) -> list[fx.Node]:
-        """Of an addition of two tensors that depend on the images."""
+        """Of an addition of two tensors that depend on the images, or of their matrix product."""
+        multiplied = factors(node)
+        if multiplied:
+            return list(multiplied) if all(a in self.known for a in multiplied) else []
         if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
             return []
         found = [a for a in node.args[:2] if isinstance(a, fx.Node) and a in self.known]

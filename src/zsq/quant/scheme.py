@@ -7,10 +7,12 @@ import torch
 from torch import fx
 
 from zsq.errors import UsageError
+from zsq.graph.attention import operands, softmax_before
 from zsq.graph.capture import activations, aten, weight_node
 
 ENDS = ("8bit", "same")
 PLACEMENTS = ("research", "engine")
+SOFTMAX_CODES = ("uniform", "log2")
 # Operations that move values without changing them; zero padding adds zeros, which quantizers represent.
 MOVES = frozenset(
     {
@@ -46,12 +48,15 @@ class Scheme:
         placement: which activations are quantized: "research" (inputs of layers and identity shortcuts) or
             "engine" (the images too, and what layers and additions return, so that engines compute all of it
             in integers), see `place_for_engine`.
+        softmax: codes of what a softmax gives to a product: "uniform", or "log2", whose codes are exponents
+            of 2 (at 4 bits; multiples of 2^(4 - bits) at others), fine near 0 and coarse near 1.
     """
 
     weight_bits: int = 4
     activation_bits: int | None = 4
     ends: str = "8bit"
     placement: str = field(default="research", metadata={"described": "unless default"})
+    softmax: str = field(default="uniform", metadata={"described": "unless default"})
 
     def __post_init__(self) -> None:
         for bits in (self.weight_bits, self.activation_bits):
@@ -63,6 +68,13 @@ class Scheme:
             raise UsageError(f"ends must be one of {', '.join(ENDS)}, got {self.ends!r}.")
         if self.placement not in PLACEMENTS:
             raise UsageError(f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}.")
+        if self.softmax not in SOFTMAX_CODES:
+            raise UsageError(f"softmax must be one of {', '.join(SOFTMAX_CODES)}, got {self.softmax!r}.")
+        if self.placement == "engine" and self.softmax != "uniform":
+            raise UsageError(
+                "Engines multiply uniform codes only: placement 'engine' needs softmax 'uniform', got "
+                f"{self.softmax!r}."
+            )
         if self.placement == "engine" and self.activation_bits is None:
             raise UsageError(
                 f"placement 'engine' says which activations are quantized, and {self.bits} leaves them in "
@@ -110,19 +122,22 @@ class Placement:
         activations: bits of every quantized tensor.
         readers: for every quantized tensor, the nodes that read it through its quantizer.
         shared: quantized tensor -> the earlier one whose quantizer it has, where it has none of its own.
+        logarithmic: quantized tensors whose logarithm is rounded.
     """
 
     weights: dict[str, int]
     activations: dict[str, int]
     readers: dict[str, tuple[str, ...]]
     shared: dict[str, str] = field(default_factory=dict)
+    logarithmic: frozenset[str] = frozenset()
 
 
 def place(graph: fx.Graph, scheme: Scheme) -> Placement:
     """Decide from the graph which tensors are quantized, and to how many bits.
 
     Quantized are the weights and the input of every convolution and linear layer but the first one's input
-    (the image), and identity shortcuts: operands of an addition that another operand is computed from through
+    (the image), both operands of matrix products of activations (queries, keys, values and softmax weights of
+    attention), and identity shortcuts: operands of an addition that another operand is computed from through
     a layer. All such readers of one tensor share its quantizer, also through slices, pads and reshapes; where
     they want different bits, the larger number holds.
 
@@ -142,28 +157,37 @@ def place(graph: fx.Graph, scheme: Scheme) -> Placement:
     }
     wanted: dict[fx.Node, int] = {}
     readers: dict[fx.Node, list[fx.Node]] = {}
+    logarithmic: set[str] = set()
 
-    def read(tensor: fx.Node, reader: fx.Node, bits: int) -> None:
+    def read(tensor: fx.Node, reader: fx.Node, bits: int) -> fx.Node | None:
         source, reader = through_moves(tensor, reader)
         if depth[source] == 0:  # the image
-            return
+            return None
         if eight_bit_ends and depth[source] == 1:
             bits = 8
         wanted[source] = max(wanted.get(source, 0), bits)
         if reader not in readers.setdefault(source, []):
             readers[source].append(reader)
+        return source
 
     if scheme.activation_bits is not None:
         for layer in layers:
             source = layer.args[0]
             assert isinstance(source, fx.Node)
             read(source, layer, 8 if eight_bit_ends and layer in last else scheme.activation_bits)
+        for node in nodes:
+            factors = operands(node)
+            if all(factor in depth for factor in factors):
+                found = [read(factor, node, scheme.activation_bits) for factor in factors]
+                if scheme.softmax == "log2" and softmax_before(node) is not None and found[0] is not None:
+                    logarithmic.add(found[0].name)
         for node, operand in _identity_shortcuts(nodes):
             read(operand, node, scheme.activation_bits)
     return Placement(
         weights=weights,
         activations={n.name: wanted[n] for n in nodes if n in wanted},
         readers={n.name: tuple(r.name for r in readers[n]) for n in nodes if n in wanted},
+        logarithmic=frozenset(logarithmic),
     )
 
 

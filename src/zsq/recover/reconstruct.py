@@ -213,7 +213,8 @@ def _range_across_units(
     for node in student.graph.nodes:
         if node.op == "call_module" and node.args:
             tensors.setdefault(str(node.target), []).append(node.args[0].name)
-            callers.setdefault(str(node.target), set()).update(unit_of[u.name] for u in node.users)
+            readers = {unit_of[u.name] for u in node.users if u.name in unit_of}
+            callers.setdefault(str(node.target), set()).update(readers)
     image = next(node.name for node in teacher.graph.nodes if node.op == "placeholder")
     found: set[nn.Module] = set()
     for target, read in tensors.items():
