@@ -81,7 +81,8 @@ def measure(arguments: argparse.Namespace, seeds: int) -> list[str]:
                 except UsageError:  # the model has not what this filter looks at
                     break
                 recipe = with_given_images(recipe, teacher, images)
-                kept = kept_images(attached(graph, recipe, teacher.spec), images, recipe, seed)
+                networks = attached(graph, recipe, teacher.spec, images)
+                kept = kept_images(networks, images, recipe, seed)
                 found.append(share_removed(images, len(clean), kept))
             cells.append(
                 f"{sum(found) / len(found):.0f} ({min(found):.0f} to {max(found):.0f})" if found else "–"

@@ -239,7 +239,7 @@ def synthesize_images(
         if made is not None:
             made.update({name: state[name] for name in made_names(settings)})
         if refines(settings) or settings.filter is not None or settings.low_pass is not None:
-            networks = attached(graph, settings, teacher.spec)
+            networks = attached(graph, settings, teacher.spec, found.images)
             found = shape_images(networks, found, settings, teacher.spec, seed, state, account)
         if folder is not None:
 
@@ -310,7 +310,7 @@ def _run_stages(
     with account.timed("synthesize"):
         made = make_images(graph, teacher, settings, given, seed, device, state, account)
     with account.timed("quantize"):
-        networks = attached(graph, settings, teacher.spec)
+        networks = attached(graph, settings, teacher.spec, made.images)
         original, student, units = networks.original, networks.student, networks.units
         quantizers = networks.quantizers
     made = shape_images(networks, made, settings, teacher.spec, seed, state, account)

@@ -108,6 +108,21 @@ class Equalization:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NormEqualization:
+    """Give the channels that a LayerNorm returns one range, and take that back in the layers after it.
+
+    Attributes:
+        num_images: images that ranges are observed on, the first ones of the set.
+    """
+
+    num_images: int = 32
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise UsageError(f"norm_equalization.num_images must be at least 1, got {self.num_images}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BiasCorrection:
     """Take what rounding adds to the mean of a layer's output from its bias, from BatchNorm statistics."""
 
@@ -163,6 +178,7 @@ class Recipe:
         paper: title and where to find it.
         fold_batch_norm: fold BatchNorm into the layer before it, on the student's copy, where it can be.
         equalization: rewrites of its weights; None leaves them.
+        norm_equalization: a rewrite around LayerNorms, from images; None leaves them.
         scheme: bits and their placement; `--bits`, `--ends` and `--placement` replace it.
         bias_correction: of the quantized layers; None leaves their biases.
         synthesis: where the images come from.
@@ -179,6 +195,7 @@ class Recipe:
     paper: str
     fold_batch_norm: bool = False
     equalization: Equalization | None = None
+    norm_equalization: NormEqualization | None = None
     scheme: Scheme = field(default_factory=Scheme)
     bias_correction: BiasCorrection | None = None
     synthesis: Source = field(default_factory=Synthesis)

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from zsq.errors import UsageError
 from zsq.graph.blocks import Unit, split
+from zsq.graph.equalize_norms import channel_ranges, equalize_norms
 from zsq.graph.tensors import device_of
 from zsq.images.filters import cover, least_sensitive, lowest
 from zsq.images.forward import observe
@@ -56,18 +57,22 @@ class Networks:
     units: tuple[Unit, ...]
 
 
-def attached(graph: fx.GraphModule, settings: Recipe, spec: ModelSpec) -> Networks:
-    """Fold and rewrite as the recipe says, split, attach quantizers; do what needs no images.
+def attached(graph: fx.GraphModule, settings: Recipe, spec: ModelSpec, images: Tensor) -> Networks:
+    """Fold and rewrite as the recipe says, split, attach quantizers; no quantizer looks at images.
 
     Args:
         graph: captured teacher with its BatchNorm layers.
         settings: the recipe.
         spec: of the model; quantizers of images have their range from it.
+        images: (N, C, H, W), for rewrites around LayerNorms.
 
     Raises:
         UsageError: the recipe needs statistics that the model does not have.
     """
     original, known = rewritten(graph, settings)
+    if settings.norm_equalization is not None:
+        seen = images[: settings.norm_equalization.num_images]
+        original = equalize_norms(original, channel_ranges(original, seen))
     student, quantizers = attach(original, settings.scheme)
     settle_by_statistics(original, known, student, quantizers, settings, input_prior(spec))
     set_image_ranges(original, student, quantizers, spec)
