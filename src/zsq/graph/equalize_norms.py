@@ -81,7 +81,7 @@ def equalize_norms(
         graph_module: captured network; left as it is.
         ranges: from `channel_ranges`.
 
-    Source: RepQ-ViT (arXiv:2212.08254), scale reparametrisation of LayerNorm activations, equations 11 to 15,
+    Source: RepQ-ViT (arXiv:2212.08254), scale reparametrisation of LayerNorm activations,
     written with ranges in place of scales and zero points, so that it holds for any number of bits.
     """
     module = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph), "Equalized")

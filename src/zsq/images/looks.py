@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
 
 from zsq.graph.attention import attentions
 
@@ -46,16 +47,25 @@ def similarity_entropy(cosines: Tensor, *, points: int, bandwidth: float) -> Ten
         points: 2 or more.
         bandwidth: of the kernel.
 
-    Source: PSAQ-ViT (arXiv:2203.02250), equations 5 to 7, and its code (10 points, bandwidth 0.01, 1e-4 added
-    to the density).
+    Source: PSAQ-ViT (arXiv:2203.02250), as in its code (10 points, bandwidth 0.01, 1e-4 added to the
+    density).
     """
     lowest, highest = cosines.detach().aminmax()
     share = torch.linspace(0, 1, points, device=cosines.device)
     grid = lowest + (highest - lowest) * share
-    distance = (grid[None, :, None] - cosines[:, None]) / bandwidth
-    density = torch.exp(-distance.square() / 2).mean(2) / (bandwidth * math.sqrt(2 * math.pi))
+    density = checkpoint(_density, cosines, grid, bandwidth, use_reentrant=False, preserve_rng_state=False)
     density = density + DENSITY_FLOOR
     return torch.trapezoid(-density * density.log(), grid.expand(len(cosines), -1), dim=1).mean()
+
+
+def _density(cosines: Tensor, grid: Tensor, bandwidth: float) -> Tensor:
+    """Gaussian kernel estimate at the points of a grid, (N, points).
+
+    Its tensors, (N, points, pairs), are computed again for the backward pass: kept for every attention of a
+    network, they would be most of the memory.
+    """
+    distance = (grid[None, :, None] - cosines[:, None]) / bandwidth
+    return torch.exp(-distance.square() / 2).mean(2) / (bandwidth * math.sqrt(2 * math.pi))
 
 
 def variation(images: Tensor) -> Tensor:

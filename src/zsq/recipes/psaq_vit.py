@@ -14,7 +14,7 @@ Where this differs from the paper and its code:
   The code leaves out the first token of Swin's windows too, which have none.
 * The density is that of the paper's code: 10 points between the lowest and highest cosine.
 * All networks have the learning rate of DeiT, 0.2; the code's is 0.25 for Swin.
-* 256 images, in batches of 32 as in the paper, whose calibration set is one of them: rounding is learned here,
+* 256 images, in batches of 32; the paper calibrates on one such batch. Rounding is learned here,
   unit by unit as in Genie. `--set reconstruction=none` rounds to nearest, as the paper does.
 * Quantized are what layers read, queries, keys, values and what the softmax gives, and shortcuts; the code
   quantizes the scores before the softmax and the results of layers instead. Weights have a range a channel.
