@@ -11,10 +11,12 @@ from tiny_networks import message
 from torch import Tensor, fx, nn
 
 from zsq.errors import UsageError
+from zsq.export.onnx import export_onnx
 from zsq.graph.attention import FUSED_ATTENTION, PRODUCTS, SOFTMAXES, attentions, softmax_before
 from zsq.graph.blocks import split
 from zsq.graph.capture import capture
-from zsq.pipeline import compose_recipe
+from zsq.models import Teacher
+from zsq.pipeline import compose_recipe, quantize
 from zsq.quant.attach import OCTAVES, attach
 from zsq.quant.calibrate import calibrate
 from zsq.quant.quantizers import ActivationQuantizer
@@ -149,3 +151,21 @@ def test_the_scheme_refuses_other_softmaxes() -> None:
     with pytest.raises(UsageError, match="uniform"):
         compose_recipe("noise", bits="W8A8", placement="engine", overrides={"scheme.softmax": "log2"})
     assert softmax_before(next(iter(graph_of("gated").graph.nodes))) is None
+
+
+@pytest.mark.parametrize("softmax", ["uniform", "log2"])
+def test_both_kinds_of_codes_are_exported(softmax: str, tmp_path: Path) -> None:
+    """`export_onnx` refuses a file that computes something else than the student."""
+    pytest.importorskip("onnxruntime")
+    teacher = Teacher(network("transformer"), input_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3)
+    for bits in ("W8A8", "W4A4"):
+        run = quantize(
+            teacher,
+            recipe="given-nearest",
+            bits=bits,
+            budget="quick",
+            images=images(16),
+            overrides={"scheme.softmax": softmax, "norm_equalization": "on"},
+        )
+        export = export_onnx(run, tmp_path / f"{bits}.onnx")
+        assert export.verification.agreement_with_run >= 90

@@ -20,6 +20,20 @@ Where this differs from the paper and its code:
   quantizes the scores before the softmax and the results of layers instead. Weights have a range a channel.
 * Agreement of two views (`--set synthesis.views.agreement=1`, two passes a step) is not in the paper.
 
+Top-1 on cifar10_tiniest (LayerNorm, no attention; 90.58 in float), 4905 test images, seed 0, `--budget quick
+--set synthesis.num_images=64 --set synthesis.steps=100`:
+
+    bits   psaq_vit   real images   noise, to nearest
+    W8A8   90.15      90.46         89.48
+    W4A8   @W4A8@      89.95         88.44
+
+Real images: `given-nearest --budget quick` at W8A8, `given --budget standard` at W4A8. Agreement of two views
+changed nothing that 1000 images would show (32 images of 100 steps: 90.6 and 90.7 at W8A8, 90.2 and 90.1 at
+W4A8 to nearest, 91.1 in float). No transformer with real weights was measured. timm's deit_tiny and
+convnext_atto with random weights, 10 classes, 64 pixels, 16 images of 40 steps: agreement with the teacher on
+these at W8A8 16 of 16, at W4A8 to nearest 13 and 16; ONNX files of both agree. vit_tiny at 224 pixels, 1000
+classes: 20 steps do not give 8 images their class, and 6 of 8 others agree at W8A8.
+
 Besides, for any recipe: `--set scheme.softmax=log2` gives softmax weights logarithmic codes, and
 `--set norm_equalization=on` gives the channels after a LayerNorm one range (RepQ-ViT, arXiv:2212.08254).
 """
