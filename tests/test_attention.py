@@ -15,6 +15,8 @@ from zsq.export.onnx import export_onnx
 from zsq.graph.attention import FUSED_ATTENTION, PRODUCTS, SOFTMAXES, attentions, softmax_before
 from zsq.graph.blocks import split
 from zsq.graph.capture import capture
+from zsq.graph.equalize_norms import norm_layers
+from zsq.images.looks import attention_patches
 from zsq.models import Teacher
 from zsq.pipeline import compose_recipe, quantize
 from zsq.quant.attach import OCTAVES, attach
@@ -169,3 +171,37 @@ def test_both_kinds_of_codes_are_exported(softmax: str, tmp_path: Path) -> None:
         )
         export = export_onnx(run, tmp_path / f"{bits}.onnx")
         assert export.verification.agreement_with_run >= 90
+
+
+class Windows(nn.Module):
+    """Attention in windows of an image that is rolled, as in Swin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.qkv = nn.Conv2d(3, 8, 2, 2), nn.LayerNorm(8), nn.Linear(8, 24)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).permute(0, 2, 3, 1)
+        y = self.norm(x).roll((-2, -1), (1, 2))
+        y = y.reshape(-1, 2, 4, 2, 4, 8).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, 8)
+        query, key, value = self.qkv(y).chunk(3, -1)
+        y = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
+        y = y.reshape(-1, 2, 2, 4, 4, 8).permute(0, 1, 3, 2, 4, 5).reshape(-1, 8, 8, 8)
+        return self.head((x + y.roll((2, 1), (1, 2))).mean((1, 2)))  # type: ignore[no-any-return]
+
+
+def test_rolled_windows(tmp_path: Path) -> None:
+    """The whole path; the LayerNorm's channels can be scaled through the roll and the windows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        teacher = Teacher(Windows(), input_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3)
+    graph = capture(teacher.module, SIZE)
+    assert len(norm_layers(graph.graph)) == 1 and len(attention_patches(graph.graph)) == 1
+    overrides = {"synthesis.num_images": 8, "synthesis.batch_size": 8, "synthesis.steps": 3}
+    learning = {"reconstruction.steps": 2, "norm_equalization": "on", "num_holdout": 2}
+    run = quantize(
+        teacher, recipe="psaq_vit", bits="W4A8", budget="paper", overrides={**overrides, **learning}
+    )
+    pytest.importorskip("onnxruntime")
+    assert export_onnx(run, tmp_path / "windows.onnx").verification.agreement_with_run == 100

@@ -197,6 +197,7 @@ EMITTERS: dict[Any, Emitter] = {
     aten.pad.default: shapes.pad,
     aten.constant_pad_nd.default: shapes.pad,
     aten.slice.Tensor: shapes.slice,
+    aten.roll.default: shapes.roll,
     aten.select.int: shapes.select,
     aten.chunk.default: shapes.split,
     aten.split.Tensor: shapes.split,

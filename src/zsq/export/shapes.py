@@ -48,6 +48,23 @@ def slice(b: Builder, node: fx.Node, x: Any, dim: int, start: Any, end: Any, ste
     return b.op("Slice", x, *bounds, name=node.name)
 
 
+def roll(b: Builder, node: fx.Node, x: Any, shifts: Any, dims: Any) -> Any:
+    """aten.roll over axes of known size: the end of each axis, then its beginning."""
+    shape = node.meta["shape"]
+    for shift, dim in zip(as_integers(shifts), as_integers(dims), strict=False):
+        size = shape[dim]
+        if size is None:
+            raise UsageError(f"The operation {node.name} rolls the batch, which cannot be exported.")
+        cut = -shift % size
+        axis, name = b.integers([dim]), f"{node.name}.{dim % len(shape)}"
+        end = b.op("Slice", x, b.integers([cut]), b.integers([size]), axis, name=f"{name}.end")
+        start = b.op("Slice", x, b.integers([0]), b.integers([cut]), axis, name=f"{name}.start")
+        x = b.op("Concat", end, start, name=name, axis=dim)
+    if not as_integers(dims):
+        raise UsageError(f"The operation {node.name} rolls a flattened tensor, which cannot be exported.")
+    return x
+
+
 def select(b: Builder, node: fx.Node, x: Any, dim: int, index: int) -> Any:
     """aten.select."""
     return b.op("Gather", x, b.integers(index), name=node.name, axis=dim)

@@ -14,8 +14,7 @@ from zsq.graph.fold import store
 from zsq.graph.tensors import get_tensor
 
 NARROWEST = 1e-2  # of a channel's range, as a share of the mean range: narrower ones count as so wide
-# Operations that move values and leave the last axis where it is.
-_KEEP_LAST = frozenset({aten.contiguous.default, aten.clone.default, aten.roll.default})
+_COPIES = frozenset({aten.contiguous.default, aten.clone.default})
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,10 @@ def _moved_axis(node: fx.Node, source: fx.Node, axis: int) -> int | None:
         return len(after) - 1 if last else None
     if node.target is aten.pad.default and not any(node.args[1]):  # type: ignore[arg-type]
         return axis
-    return axis if node.target in _KEEP_LAST else None
+    if node.target is aten.roll.default:
+        rolled: Any = node.args[2] if len(node.args) > 2 else ()
+        return axis if rolled and axis not in [d % rank for d in rolled] else None
+    return axis if node.target in _COPIES else None
 
 
 def _is_own(graph: fx.Graph, argument: Any, reader: fx.Node) -> bool:

@@ -23,6 +23,7 @@ MOVES = frozenset(
         aten.reshape.default,
         aten.flatten.using_ints,
         aten.permute.default,
+        aten.roll.default,
         aten.transpose.int,
         aten.squeeze.dim,
         aten.squeeze.dims,
