@@ -23,6 +23,7 @@ SETTINGS = {
     "images.prompts",
     "images.settings",
     "images.pixel_settings",
+    "images.generator_settings",
     "quant.scheme",
     "recover.settings",
 }
@@ -35,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "images.settings": GROUND,
     "images.prompts": GROUND,
     "images.pixel_settings": GROUND | {"images.settings"},
+    "images.generator_settings": GROUND | {"images.settings", "images.pixel_settings"},
     "recover.settings": GROUND | {"images.settings"},
     "quant.scheme": GROUND | {"graph"},
     "recipe": GROUND | SETTINGS,
@@ -56,11 +58,13 @@ ALLOWED: dict[str, set[str]] = {
     "account": {"distributed", "progress"},
     "student_fine_tuning": GROUND
     | SETTINGS
-    | {"graph", "recover", "account", "progress", "run", "student_images"},
+    | MODELS
+    | {"graph", "recover", "images", "account", "progress", "run", "student_images", "class_images"},
     "recipe_images": GROUND
     | MODELS
     | SETTINGS
-    | {"graph", "images", "account", "progress", "run", "student_images", "text_images"},
+    | {"graph", "images", "account", "progress", "run", "student_images", "text_images", "class_images"},
+    "class_images": GROUND | MODELS | SETTINGS | {"graph", "images", "account", "progress", "run"},
     "text_images": GROUND | MODELS | SETTINGS | DATA | {"graph", "images", "account", "progress", "run"},
     "publish": GROUND | MODELS | {"run"},
     "resume": GROUND | MODELS | SETTINGS | {"run"},

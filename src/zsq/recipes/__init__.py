@@ -4,6 +4,7 @@ from zsq.errors import UsageError
 from zsq.recipe import Recipe
 from zsq.recipes.baselines import GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST
 from zsq.recipes.dfq import DFQ
+from zsq.recipes.gdfq import GDFQ, GDFQ_SYNQ
 from zsq.recipes.genie import GENIE
 from zsq.recipes.genie_synq import GENIE_SYNQ
 from zsq.recipes.genq import GENQ
@@ -20,6 +21,8 @@ _ALL = (
     ZEROQ,
     DSG,
     DFQ,
+    GDFQ,
+    GDFQ_SYNQ,
     INTRAQ,
     HAST,
     SYNQ,
