@@ -13,6 +13,7 @@ from zsq.images.losses import InputStatistics
 from zsq.images.pixel_settings import PixelSynthesis
 from zsq.images.prior import InputPrior
 from zsq.images.statistics import StatisticsDistance, slack_of, with_targets
+from zsq.images.texture import natural_energies, texture_distance, texture_energies, texture_gains
 
 Targets = Sequence[tuple[Tensor, Tensor]]  # mean and variance of every BatchNorm's input
 
@@ -46,6 +47,8 @@ def pixel_objective(
     distance = StatisticsDistance(settings.bn, _slack(observer, settings, shape, rng, device, prior))
     to_centres = StatisticsDistance(replace(settings.bn, shallow=0.0, deep=1.0))
     input_statistics = InputStatistics(prior)
+    gains = texture_gains(shape[2], shape[3], device) if settings.texture_weight > 0 else None
+    natural = None if gains is None else natural_energies(shape[2], shape[3], gains)
 
     def objective(images: Tensor) -> dict[str, Tensor]:
         with reduced:
@@ -55,6 +58,9 @@ def pixel_objective(
             parts |= of_classes(forward)
         if settings.image_weight > 0:
             parts["image"] = settings.image_weight * input_statistics(forward)
+        if gains is not None and natural is not None:
+            textures = texture_energies(images.float(), gains)
+            parts["texture"] = settings.texture_weight * texture_distance(textures, natural)
         if settings.centres is not None and targets is not None:
             parts["centres"] = settings.centres.weight * to_centres(with_targets(forward, targets))
         return parts

@@ -136,6 +136,7 @@ def make_centres(
         settings,
         steps=settings.centres.steps,
         lr_min=settings.centres.lr_min,
+        texture_weight=settings.centres.texture_weight,
         bn=replace(
             settings.bn, weight=1.0, shallow=settings.centres.shallow, deep=settings.centres.deep, slack=0.0
         ),

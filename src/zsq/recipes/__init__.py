@@ -2,6 +2,7 @@
 
 from zsq.errors import UsageError
 from zsq.recipe import Recipe
+from zsq.recipes.adadfq import ADADFQ, ADASG
 from zsq.recipes.baselines import GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST
 from zsq.recipes.dfq import DFQ
 from zsq.recipes.gdfq import GDFQ, GDFQ_SYNQ
@@ -13,16 +14,21 @@ from zsq.recipes.intraq import INTRAQ
 from zsq.recipes.mixup_class import MIXUP_CLASS
 from zsq.recipes.sadag import SADAG
 from zsq.recipes.synq import SYNQ
-from zsq.recipes.zeroq import DSG, ZEROQ
+from zsq.recipes.texq import TEXQ
+from zsq.recipes.zeroq import DSG, ZEROQ, ZEROQ_FT
 
 _ALL = (
     GENIE,
     SADAG,
     ZEROQ,
+    ZEROQ_FT,
     DSG,
     DFQ,
     GDFQ,
     GDFQ_SYNQ,
+    ADASG,
+    ADADFQ,
+    TEXQ,
     INTRAQ,
     HAST,
     SYNQ,

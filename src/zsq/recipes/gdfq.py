@@ -20,7 +20,6 @@ Settings are those of the code for CIFAR-100. Where this differs:
 * Inputs of more than 64 x 64 pixels get the paper's generator for ImageNet (the class chooses scale and shift
   of its BatchNorms), 10000 steps before the student, and 16 images a step. The student's rate is then 1e-5,
   as in AdaDFQ; GDFQ's is 1e-6 (`fine_tuning.lr=1e-6`).
-* The teacher's labels of easy images only, no augmentation, and one generator for all: as in the code.
 * Ranges, quantizers, gradients: see `zsq show hast`.
 
 `gdfq-synq`: table 7 of SynQ (arXiv:2603.18423). The images of GDFQ's generator, in turns; SynQ's low-pass
@@ -31,9 +30,9 @@ step up the slope, which belongs to SynQ's own baseline, is left out.
 
 from dataclasses import replace
 
-from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.quant.scheme import Scheme
 from zsq.recipe import Recipe
+from zsq.recipes.sources import GDFQ_GENERATOR
 from zsq.recipes.synq import SYNQ
 from zsq.recover.settings import ClassLabels, Distillation, FineTuning, Turns
 
@@ -52,7 +51,7 @@ GDFQ = Recipe(
     name="gdfq",
     paper="Generative Low-bitwidth Data Free Quantization, ECCV 2020, arXiv:2003.03603",
     scheme=Scheme(ends="same"),
-    synthesis=GeneratorSynthesis(),
+    synthesis=GDFQ_GENERATOR,
     reconstruction=None,
     fine_tuning=GDFQ_TUNING,
 )
