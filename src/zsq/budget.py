@@ -76,13 +76,7 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
         raise UsageError(f"The budget must be one of {', '.join(BUDGETS)}, got {budget!r}.")
     large = input_size is not None and input_size[1] * input_size[2] > LARGE
     if budget == "paper":
-        if not large:
-            return recipe
-        source = recipe.synthesis
-        if isinstance(source, GeneratorSynthesis):
-            source = _for_large(source)
-        tuning = _shortened(recipe.fine_tuning, budget, large)
-        return replace(recipe, synthesis=source, fine_tuning=tuning)
+        return _published_for_large(recipe) if large else recipe
     num_images, synthesis_steps, reconstruction_steps = COUNTS[budget, large]
     source = recipe.synthesis
     if isinstance(source, Synthesis):
@@ -123,6 +117,15 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
         reconstruction=reconstruction,
         fine_tuning=_shortened(recipe.fine_tuning, budget, large),
     )
+
+
+def _published_for_large(recipe: Recipe) -> Recipe:
+    """The recipe, with what papers have for ImageNet where it holds what they have for CIFAR."""
+    if isinstance(recipe.synthesis, GeneratorSynthesis):
+        recipe = replace(recipe, synthesis=_for_large(recipe.synthesis))
+    if recipe.fine_tuning is not None:
+        recipe = replace(recipe, fine_tuning=_shortened(recipe.fine_tuning, "paper", True))
+    return recipe
 
 
 def _scaled(chosen: Filter, factor: float) -> Filter:
