@@ -19,6 +19,8 @@ from zsq.models import Teacher
 from zsq.pipeline import quantize, synthesize_images
 from zsq.progress import Progress
 from zsq.recipes import RECIPES
+from zsq.recover import network_outputs
+from zsq.recover.network_outputs import Observed
 from zsq.recover.settings import Adaptability, FineTuning, Mixup, Turns
 from zsq.recover.student_losses import adaptability_bounds, relative_agreement
 from zsq.recover.tuning_step import mixed
@@ -94,6 +96,27 @@ def test_the_generator_goes_on_and_its_last_images_are_kept(model: Teacher) -> N
     parts = {"loss", "distillation", "labels", "lr"}
     assert set(logged[0]) == parts | {"generator_loss", "generator_bn", "generator_class"}
     assert logged[0]["loss"] == pytest.approx(logged[0]["distillation"] + logged[0]["labels"])
+
+
+def test_the_teacher_is_asked_again_only_if_the_student_sees_other_images(
+    model: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    call = Observed.__call__
+
+    def spy(self: Observed, x: Tensor, labels: Tensor, *, maps: bool = True) -> Any:
+        counts.append(len(x))
+        return call(self, x, labels, maps=maps)
+
+    monkeypatch.setattr(network_outputs.Observed, "__call__", spy)
+    found = tiny(model, recipe="gdfq", overrides={"fine_tuning.epochs": 1}).record["results"]["fine_tuning"]
+    assert counts == [8, 8]
+    counts.clear()
+    whole = {"fine_tuning.low_pass": "on", "fine_tuning.low_pass.cutoff": 1e6, "fine_tuning.epochs": 1}
+    again = tiny(model, recipe="gdfq", overrides=whole).record["results"]["fine_tuning"]
+    assert counts == [8] * 4
+    for name, value in found["last"].items():
+        assert again["last"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
 def test_eight_bits_take_the_first_images_and_other_stages_too(model: Teacher) -> None:

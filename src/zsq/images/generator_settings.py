@@ -22,7 +22,8 @@ class GeneratorSynthesis:
         lr: Adam.
         beta1: of it.
         class_weight: factor of the cross-entropy of the class.
-        precision: of convolutions and matrix products; statistics and parameters are always float32.
+        precision: of convolutions and matrix products; statistics and parameters are always float32. A
+            student in turns that sees the images as they are learns from the logits of this pass.
         bn: match of the BatchNorm statistics.
         centres: None has no targets but those of the BatchNorm layers. Else one image a class is made first,
             as pixels, and each image is held to what the deeper layers receive for the centre of its class.

@@ -34,11 +34,13 @@ class Made:
     Attributes:
         images: (N, C, H, W), normalised, float32, without history; from before the step.
         labels: (N,) int64, on the device of the images.
+        logits: what the teacher says of them, (N, K), float32, without history.
         parts: of its loss, weighted, by name, without history; "loss" is their sum.
     """
 
     images: Tensor
     labels: Tensor
+    logits: Tensor
     parts: dict[str, Tensor]
 
 
@@ -140,7 +142,8 @@ class GeneratorTraining:
         group.add([p.grad for p in self._named.values() if p.grad is not None])
         self._optimizer.step()
         parts = {"loss": loss, **parts}
-        return Made(images.detach(), labels, {name: part.detach() for name, part in parts.items()})
+        parts = {name: part.detach() for name, part in parts.items()}
+        return Made(images.detach(), labels, logits.detach(), parts)
 
     @torch.no_grad()
     def draw(self, num_images: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:

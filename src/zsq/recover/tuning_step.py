@@ -72,6 +72,19 @@ class Step:
             self.parameters[0].device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
         )
         self.cache: Outputs | None = None
+        # Whether the teacher's logits of the images as they are, are all that the losses need of it.
+        self.logits_do = (
+            self.sees_the_same
+            and settings.low_pass is None
+            and settings.maps is None
+            and settings.features is None
+        )
+
+    @property
+    def sees_the_same(self) -> bool:
+        """Whether the teacher sees the same whenever it is shown an image; a step up the slope is its own."""
+        settings = self.settings
+        return not settings.augment and settings.mixup is None and settings.perturbation is None
 
     def __call__(self, batch: Minibatch, rng: torch.Generator) -> dict[str, Tensor]:
         """Draw the views of a minibatch, descend; this process's share of the loss by parts.
@@ -90,7 +103,12 @@ class Step:
         self.optimizer.zero_grad()
         if perturbation is not None:
             images.requires_grad_()
-        parts = self._parts(images, labels, index, maps=True)
+        known = None
+        if self.cache is not None and index is not None:
+            known = self.cache.rows(index)
+        elif self.logits_do and batch.logits is not None:
+            known = Outputs(batch.logits[mine], None, ())
+        parts = self._parts(images, labels, known, maps=True)
         loss = torch.stack(list(parts.values())).sum() * share
         loss.backward(inputs=[*self.parameters, images] if perturbation is not None else self.parameters)
         if perturbation is not None:
@@ -112,11 +130,10 @@ class Step:
         return dict(zip(totals, (joint / steps).tolist(), strict=True))
 
     def _parts(
-        self, images: Tensor, labels: Tensor, index: Tensor | None, *, maps: bool
+        self, images: Tensor, labels: Tensor, wanted: Outputs | None, *, maps: bool
     ) -> dict[str, Tensor]:
-        if self.cache is not None and index is not None:
-            wanted = self.cache.rows(index)
-        else:
+        """Parts of the loss; `wanted` is what the teacher gives, None if it has to be asked."""
+        if wanted is None:
             wanted = self._teacher_outputs(images, labels, maps=maps)
         own = self.student(images, labels, maps=maps)
         return parts_of_loss(own, wanted, labels, self.settings, self.views.size)
@@ -133,10 +150,9 @@ class Step:
     def remember(self, images: Tensor, labels: Tensor) -> None:
         """Let the teacher see all images once, for minibatches that tell their index.
 
-        Only where it would see the same images every time; a step up the slope needs its own.
+        Only where it would see the same every time.
         """
-        settings = self.settings
-        if settings.augment or settings.mixup is not None or settings.perturbation is not None:
+        if not self.sees_the_same:
             return
 
         def outputs(rows: slice) -> Outputs:

@@ -23,12 +23,14 @@ class Minibatch:
         images: (N, C, H, W), normalised, channels-last, without history; as they are before any view.
         labels: (N,) int64.
         index: (N,), which of the images that there are; None if they are new.
+        logits: (N, K), the teacher's of the images as they are, if they are known.
         parts: of the loss of the generator that made them, to be logged; "loss" is their sum.
     """
 
     images: Tensor
     labels: Tensor
     index: Tensor | None
+    logits: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -68,7 +70,7 @@ def of_generator(
     class_loss = None if adaptability is None else game
     while True:
         made = training.step(batch_size, rng, class_loss=class_loss, lr_factor=lr_factor, group=group)
-        yield Minibatch(made.images, made.labels, None, made.parts)
+        yield Minibatch(made.images, made.labels, None, made.logits, made.parts)
 
 
 def adaptability_loss(
