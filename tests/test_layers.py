@@ -24,6 +24,7 @@ SETTINGS = {
     "images.settings",
     "images.look_settings",
     "images.pixel_settings",
+    "images.generator_settings",
     "quant.scheme",
     "recover.settings",
 }
@@ -37,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "images.prompts": GROUND,
     "images.look_settings": GROUND | {"images.settings"},
     "images.pixel_settings": GROUND | {"images.settings", "images.look_settings"},
+    "images.generator_settings": GROUND | {"images.settings", "images.pixel_settings"},
     "recover.settings": GROUND | {"images.settings"},
     "quant.scheme": GROUND | {"graph"},
     "recipe": GROUND | SETTINGS,
@@ -58,11 +60,13 @@ ALLOWED: dict[str, set[str]] = {
     "account": {"distributed", "progress"},
     "student_fine_tuning": GROUND
     | SETTINGS
-    | {"graph", "recover", "account", "progress", "run", "student_images"},
+    | MODELS
+    | {"graph", "recover", "images", "account", "progress", "run", "student_images", "class_images"},
     "recipe_images": GROUND
     | MODELS
     | SETTINGS
-    | {"graph", "images", "account", "progress", "run", "student_images", "text_images"},
+    | {"graph", "images", "account", "progress", "run", "student_images", "text_images", "class_images"},
+    "class_images": GROUND | MODELS | SETTINGS | {"graph", "images", "account", "progress", "run"},
     "text_images": GROUND | MODELS | SETTINGS | DATA | {"graph", "images", "account", "progress", "run"},
     "publish": GROUND | MODELS | {"run"},
     "resume": GROUND | MODELS | SETTINGS | {"run"},

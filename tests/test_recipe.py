@@ -21,6 +21,7 @@ from zsq.budget import (
     with_budget,
 )
 from zsq.errors import UsageError
+from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.pixel_settings import PixelSynthesis
 from zsq.images.settings import Filter, LowPass, Synthesis
 from zsq.pipeline import compose_recipe
@@ -240,7 +241,10 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
             assert tuning is not None and tuning.batch_size == LARGE_BATCH
             assert tuning.lr == pytest.approx(LARGE_FACTOR * recipe.fine_tuning.lr)
             same = replace(tuning, batch_size=recipe.fine_tuning.batch_size, lr=recipe.fine_tuning.lr)
-            assert replace(published_for_large, fine_tuning=same) == recipe
+            source = recipe.synthesis
+            generated = isinstance(source, GeneratorSynthesis)
+            assert (published_for_large.synthesis == source) != generated
+            assert replace(published_for_large, fine_tuning=same, synthesis=source) == recipe
         return
     num_images, synthesis_steps, reconstruction_steps = COUNTS[budget, False]
     assert with_budget(recipe, budget, input_size=(3, 64, 64)) == scaled

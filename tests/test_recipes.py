@@ -1,5 +1,6 @@
 """Every recipe of the table on a tiny network, and pairs of parts that no recipe pairs."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from quantization_networks import SIZE, Residual, images, teacher
 
+from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
 from zsq.images.prompts import TextToImage
 from zsq.images.settings import LowPass, Synthesis
@@ -35,6 +37,9 @@ def shrunk(recipe: Recipe, **changes: Any) -> Recipe:
         source = replace(source, num_images=10, batch_size=10, steps=30, latent_size=8, lr_latent=0.01)
     elif isinstance(source, PixelSynthesis):
         source = replace(source, num_images=10, batch_size=10, steps=30, lr=0.05)
+    elif isinstance(source, GeneratorSynthesis):
+        centres = source.centres and replace(source.centres, steps=2)
+        source = replace(source, num_images=10, batch_size=10, steps=30, centres=centres)
     elif isinstance(source, TextToImage):
         source = replace(source, num_images=13, batch_size=13, steps=1)
     else:
@@ -64,9 +69,10 @@ def run(model: Teacher, recipe: Recipe, seed: int = 0, **options: Any) -> Run:
 
 def test_the_table() -> None:
     baselines = {"given", "given-nearest", "noise", "noise-nearest"}
-    fine_tuned = {"intraq", "hast", "synq", "genie-synq"}
+    fine_tuned = {"intraq", "hast", "synq", "genie-synq", "zeroq-ft"}
+    in_turns = {"gdfq", "gdfq-synq", "adasg", "adadfq", "texq"}
     others = {"genie", "sadag", "zeroq", "dsg", "dfq", "psaq_vit", "genq", "mixup_class"}
-    assert set(RECIPES) == others | fine_tuned | baselines
+    assert set(RECIPES) == others | fine_tuned | in_turns | baselines
     for name, recipe in RECIPES.items():
         assert recipe.name == name and recipe.paper and get_recipe(name) is recipe
     assert compose_recipe("genie") == GENIE
@@ -106,7 +112,30 @@ def test_synthesis_lowers_its_loss(name: str, model: Teacher) -> None:
     assert len(losses) > 5 and min(losses[-4:]) < 0.8 * losses[0]  # a step with crops may be higher
 
 
-@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if r.fine_tuning is not None])
+FINE_TUNED = {n: r.fine_tuning for n, r in RECIPES.items() if r.fine_tuning is not None}
+TURNS = [name for name, tuning in FINE_TUNED.items() if tuning.turns is not None]
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_turns_lower_the_losses_of_both(name: str, model: Teacher) -> None:
+    """Against a teacher whose logits tell images apart; means over the first and the last third."""
+    network = copy.deepcopy(model.module)
+    with torch.no_grad():
+        network.get_parameter("fc.weight").mul_(20)
+    sharp = Teacher(network, input_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3)
+    recipe = shrunk(RECIPES[name], num_holdout=0)
+    assert recipe.fine_tuning is not None
+    rate = {"adasg": 1e-2, "adadfq": 1e-2, "gdfq": 1e-3}.get(name, 1e-4)
+    tuning = replace(recipe.fine_tuning, epochs=9, iterations=4, batch_size=16, lr=rate)
+    events: list[Progress] = []
+    run(sharp, replace(recipe, fine_tuning=tuning), bits="W3A3", progress=events.append)
+    seen = [e.values for e in events if e.stage == "fine-tune"]
+    for part in ("loss", "generator_loss"):
+        first, last = (sum(v[part] for v in some) / 6 for some in (seen[:6], seen[-6:]))
+        assert last < first, part
+
+
+@pytest.mark.parametrize("name", [n for n in FINE_TUNED if n not in TURNS])
 def test_fine_tuning_lowers_its_loss(name: str, model: Teacher) -> None:
     recipe = shrunk(RECIPES[name])
     assert recipe.fine_tuning is not None

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from zsq.errors import UsageError
-from zsq.images.pixel_settings import PixelSynthesis
+from zsq.images.generator_settings import GeneratorSynthesis
+from zsq.images.pixel_settings import Centres, PixelSynthesis
 from zsq.images.prompts import TextToImage
 from zsq.images.settings import Filter, Synthesis
 from zsq.recipe import Recipe
@@ -40,6 +41,8 @@ TRAVEL, TRAVEL_OF_4_BITS = 4.0, 1.6
 MAX_LR_ROUNDING = 0.02
 # Published for images of more than 64 x 64 pixels: images an iteration, and the factor of the learning rate.
 LARGE_BATCH, LARGE_FACTOR = 16, 0.1
+# Of a generator: images that ranges are calibrated on, and factor of the steps on the teacher alone.
+LARGE_GENERATED, LARGE_WARM_UP = 320, 12.5
 # Factor of the learning rate of so few steps of fine-tuning; ten times the published one diverges.
 FINE_TUNING_FACTOR = 3.0
 # Images are refined over the same sum of learning rates as in the published steps, up to this factor.
@@ -73,18 +76,15 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
         raise UsageError(f"The budget must be one of {', '.join(BUDGETS)}, got {budget!r}.")
     large = input_size is not None and input_size[1] * input_size[2] > LARGE
     if budget == "paper":
-        large_tuning = large and recipe.fine_tuning is not None
-        return (
-            replace(recipe, fine_tuning=_shortened(recipe.fine_tuning, budget, large))
-            if large_tuning
-            else recipe
-        )
+        return _published_for_large(recipe) if large else recipe
     num_images, synthesis_steps, reconstruction_steps = COUNTS[budget, large]
     source = recipe.synthesis
     if isinstance(source, Synthesis):
         source = replace(source, num_images=num_images, steps=synthesis_steps)
     elif isinstance(source, PixelSynthesis):
         source = _pixels(source, num_images, synthesis_steps)
+    elif isinstance(source, GeneratorSynthesis):
+        source = _generator(source, num_images, synthesis_steps, FINE_TUNING_COUNTS[budget, large][2], large)
     elif isinstance(source, TextToImage):
         kept_of_it = recipe.filter.chain[-1].keep if recipe.filter is not None else source.num_images
         source = replace(source, num_images=round(source.num_images * num_images / kept_of_it))
@@ -117,6 +117,15 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
         reconstruction=reconstruction,
         fine_tuning=_shortened(recipe.fine_tuning, budget, large),
     )
+
+
+def _published_for_large(recipe: Recipe) -> Recipe:
+    """The recipe, with what papers have for ImageNet where it holds what they have for CIFAR."""
+    if isinstance(recipe.synthesis, GeneratorSynthesis):
+        recipe = replace(recipe, synthesis=_for_large(recipe.synthesis))
+    if recipe.fine_tuning is not None:
+        recipe = replace(recipe, fine_tuning=_shortened(recipe.fine_tuning, "paper", True))
+    return recipe
 
 
 def _scaled(chosen: Filter, factor: float) -> Filter:
@@ -153,11 +162,38 @@ def _rounding_rate(published: float, steps: int, bits: int) -> float:
 def _pixels(published: PixelSynthesis, num_images: int, steps: int) -> PixelSynthesis:
     """At most so many images and steps a batch; the steps of the centres shrink in proportion."""
     steps = min(published.steps, steps)
-    centres = published.centres
-    if centres is not None:
-        centres = replace(centres, steps=max(1, round(centres.steps * steps / published.steps)))
+    centres = _shorter_centres(published.centres, steps / published.steps)
     num_images = min(published.num_images, num_images)
     return replace(published, num_images=num_images, steps=steps, centres=centres)
+
+
+def _generator(
+    published: GeneratorSynthesis, num_images: int, steps: int, batch_size: int, large: bool
+) -> GeneratorSynthesis:
+    """At most so many images, steps and images a step, the last one that of fine-tuning."""
+    source = _for_large(published) if large else published
+    return replace(
+        source,
+        num_images=min(source.num_images, num_images),
+        steps=min(source.steps, steps),
+        batch_size=min(source.batch_size, batch_size),
+        centres=_shorter_centres(source.centres, min(source.steps, steps) / source.steps),
+    )
+
+
+def _for_large(published: GeneratorSynthesis) -> GeneratorSynthesis:
+    """What GDFQ has for ImageNet: another generator, longer trained on the teacher, by smaller batches."""
+    return replace(
+        published,
+        condition="norms",
+        batch_size=LARGE_BATCH,
+        num_images=min(published.num_images, LARGE_GENERATED),
+        steps=round(published.steps * LARGE_WARM_UP),
+    )
+
+
+def _shorter_centres(centres: Centres | None, share: float) -> Centres | None:
+    return None if centres is None else replace(centres, steps=max(1, round(centres.steps * share)))
 
 
 def _plain(number: float) -> float:

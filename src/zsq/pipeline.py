@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from zsq.account import Account
 from zsq.budget import with_budget
+from zsq.class_images import check_generator
 from zsq.distributed import ALONE, Group
 from zsq.errors import UsageError
 from zsq.evaluate import agreement, unit_signal_to_noise
@@ -22,6 +23,7 @@ from zsq.graph.blocks import Unit, split
 from zsq.graph.capture import capture
 from zsq.images.class_losses import number_of_classes
 from zsq.images.forward import observe
+from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.pixel_settings import PixelSynthesis, needs_statistics
 from zsq.images.prior import input_prior
 from zsq.images.prompts import TextToImage
@@ -278,6 +280,8 @@ def _check_graph(graph: fx.GraphModule, settings: Recipe, teacher: Teacher) -> N
     check_losses(graph, settings)
     if needs_statistics(settings.synthesis):
         observe(graph)
+    if isinstance(settings.synthesis, GeneratorSynthesis):
+        check_generator(graph)
     if isinstance(settings.synthesis, PixelSynthesis) and settings.synthesis.classes is not None:
         number_of_classes(graph)
     if isinstance(settings.synthesis, TextToImage):
@@ -333,7 +337,9 @@ def _run_stages(
             group=account.group,
             storage=_storage(original, units, len(images), bound, scratch),
         )
-    tuned = fine_tuned(networks, images, made.labels, settings, seed, state, account)
+    tuned, images, labels = fine_tuned(
+        networks, images, made.labels, settings, teacher.spec, seed, state, account
+    )
     if settings.scheme.placement == "engine":
         round_biases(student)
     with account.timed("holdout"):
@@ -359,7 +365,7 @@ def _run_stages(
             "student_parts": sizes,
         },
     }
-    return Run(student, record, images.cpu(), teacher.spec, labels=made.labels, prompts=list(made.prompts))
+    return Run(student, record, images.cpu(), teacher.spec, labels=labels, prompts=list(made.prompts))
 
 
 def _storage(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from zsq.errors import UsageError
+from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.pixel_settings import PixelSynthesis
 from zsq.images.prompts import TextToImage
 from zsq.images.settings import Filter, LowPass, Refinement, Synthesis
@@ -166,7 +167,7 @@ class Reconstruction:
                 raise UsageError(f"reconstruction.{name} must be between 0 and 1, got {getattr(self, name)}.")
 
 
-Source = Synthesis | PixelSynthesis | TextToImage | GaussianNoise | GivenImages
+Source = Synthesis | PixelSynthesis | GeneratorSynthesis | TextToImage | GaussianNoise | GivenImages
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from zsq.account import Account
+from zsq.class_images import PIECE, drawn_images, generated_images, trained_generator
 from zsq.errors import UsageError
+from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.low_pass import low_pass, low_pass_gain
 from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
 from zsq.images.pixels import synthesize_pixels
@@ -92,6 +94,9 @@ def make_images(
         single = source.classes_per_prompt == 1 and source.mixing in ("prompt", "embeddings")
         labels = torch.tensor([record["classes"][0] for record in records]) if single else None
         return ImageSet(images.to(device), labels, records)
+    if isinstance(source, GeneratorSynthesis):
+        images, drawn = generated_images(graph, source, teacher.spec, seed, state, account)
+        return ImageSet(images.to(device), drawn)
     keep = isinstance(source, Synthesis) and (keep_sources or refines(settings))
     images = _synthesize(graph, source, teacher.spec, seed, state, account, keep_sources=keep)
     labels = None
@@ -133,6 +138,8 @@ def made_names(settings: Recipe) -> list[str]:
     source = settings.synthesis
     if isinstance(source, TextToImage):
         return text_names(source)
+    if isinstance(source, GeneratorSynthesis):
+        return [PIECE]
     return batch_names(source) if isinstance(source, MadeInBatches) else []
 
 
@@ -210,18 +217,19 @@ def make_holdout(
 ) -> Tensor | None:
     """Images of a batch of their own, which nothing is calibrated on; None if the recipe makes no images."""
     source = settings.synthesis
-    if not isinstance(source, MadeInBatches) or settings.num_holdout < 2:
+    if not isinstance(source, MadeInBatches | GeneratorSynthesis) or settings.num_holdout < 2:
         return None
     if "holdout" not in state:
-        alone: MadeInBatches = replace(source, num_images=settings.num_holdout)
-        if isinstance(alone, PixelSynthesis):  # centres take longer than these few images
-            alone = replace(alone, centres=None)
         own_seed = derived_seed(seed, "holdout")
-        state["holdout"] = {
-            "images": blurred_images(
-                _synthesize(graph, alone, teacher.spec, own_seed, {}, account, stage="holdout"), settings
-            )
-        }
+        if isinstance(source, GeneratorSynthesis):  # other latents of the generator before any student
+            training = trained_generator(graph, source, teacher.spec, seed, state, account)
+            images, _ = drawn_images(training, settings.num_holdout, own_seed)
+        else:
+            alone: MadeInBatches = replace(source, num_images=settings.num_holdout)
+            if isinstance(alone, PixelSynthesis):  # centres take longer than these few images
+                alone = replace(alone, centres=None)
+            images = _synthesize(graph, alone, teacher.spec, own_seed, {}, account, stage="holdout")
+        state["holdout"] = {"images": blurred_images(images, settings)}
     return state["holdout"]["images"]
 
 

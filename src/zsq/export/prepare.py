@@ -34,7 +34,7 @@ def prepared(student: fx.GraphModule, images: Tensor, target: Target) -> tuple[f
     """
     if len(images) == 0:
         raise UsageError(
-            "The run has no images (those that were given to it were not published), and an export is checked "
+            "The run has no images (those that were given to it were not published), and exports are checked "
             "on them. Export the run before it is published; its exports go along."
         )
     module = copy.deepcopy(student).cpu().eval()

@@ -15,6 +15,7 @@ from zsq.images.losses import InputStatistics
 from zsq.images.pixel_settings import PixelSynthesis, StatisticsMatch
 from zsq.images.prior import InputPrior
 from zsq.images.statistics import StatisticsDistance, slack_of, with_targets
+from zsq.images.texture import natural_energies, texture_distance, texture_energies, texture_gains
 
 Targets = Sequence[tuple[Tensor, Tensor]]  # mean and variance of every BatchNorm's input
 Part = Callable[[ForwardPass], dict[str, Tensor]]  # losses, weighted, by name
@@ -63,6 +64,16 @@ def pixel_objective(
         parts.insert(0, _weighted("bn", settings.bn.weight, StatisticsDistance(settings.bn, slack)))
     if settings.image_weight > 0:
         parts.append(_weighted("image", settings.image_weight, InputStatistics(prior)))
+    if settings.texture_weight > 0:
+        gains = texture_gains(shape[2], shape[3], device)
+        natural = natural_energies(shape[2], shape[3], gains)
+        parts.append(
+            _weighted(
+                "texture",
+                settings.texture_weight,
+                lambda f: texture_distance(texture_energies(f.images.float(), gains), natural),
+            )
+        )
     if settings.centres is not None and settings.bn is not None and targets is not None:
         to_centres = StatisticsDistance(replace(settings.bn, shallow=0.0, deep=1.0))
         centres = settings.centres.weight

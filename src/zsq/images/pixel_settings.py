@@ -117,6 +117,7 @@ class Centres:
         lr_min: the learning rate of the centres never falls below it.
         class_weight: factor of their cross-entropy.
         shallow, deep: factors of their BatchNorm distance, see `StatisticsMatch`.
+        texture_weight: factor of the distance of each one's texture energies to those of natural images.
     """
 
     weight: float = 0.02
@@ -125,10 +126,12 @@ class Centres:
     class_weight: float = 5.0
     shallow: float = 0.2
     deep: float = 1.1
+    texture_weight: float = field(default=0.0, metadata={"described": "unless default"})
 
     def __post_init__(self) -> None:
         at_least(1, "synthesis.centres", self, ("steps",))
-        at_least(0, "synthesis.centres", self, ("weight", "lr_min", "class_weight", "shallow", "deep"))
+        names = ("weight", "lr_min", "class_weight", "shallow", "deep", "texture_weight")
+        at_least(0, "synthesis.centres", self, names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +151,7 @@ class PixelSynthesis:
         limit: pixels are cut to so many deviations after each step; 0 leaves them.
         valid_pixels: cut them to what black and white are, too.
         image_weight: factor of the distance of each image to the expected mean and deviation.
+        texture_weight: factor of the distance of each image's texture energies to those of natural images.
         precision: of the teacher's convolutions and matrix products; the rest is float32.
         bn: match of the BatchNorm statistics; None for networks without them.
         classes: what is asked of an image's class; None: images have no class.
@@ -167,6 +171,7 @@ class PixelSynthesis:
     lr_min: float = 1e-4
     limit: float = 0.0
     image_weight: float = 0.0
+    texture_weight: float = field(default=0.0, metadata={"described": "unless default"})
     precision: Literal["float32", "bfloat16"] = "float32"
     momentum: float = field(default=0.9, metadata={"described": "unless default"})
     square_decay: float = field(default=0.999, metadata={"described": "unless default"})
@@ -189,7 +194,7 @@ class PixelSynthesis:
                     + (": the joint statistics of a batch are what is optimised." if lowest == 2 else ".")
                 )
         at_least(1, "synthesis", self, ("steps", "plateau_patience"))
-        at_least(0, "synthesis", self, ("lr", "lr_min", "limit", "image_weight"))
+        at_least(0, "synthesis", self, ("lr", "lr_min", "limit", "image_weight", "texture_weight"))
         plateau_factor("synthesis", self.plateau_factor)
         one_of("synthesis.precision", self.precision, ("float32", "bfloat16"))
         for name in ("momentum", "square_decay"):

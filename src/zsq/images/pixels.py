@@ -69,7 +69,17 @@ def synthesize_pixels(
     targets: Targets | None = None
     if settings.centres is not None and any(name not in finished for name in names):
         with no_room(advice):
-            targets = _centre_statistics(teacher, settings, input_size, seed, finished, log, prior, group)
+            centres = make_centres(
+                teacher,
+                settings,
+                input_size,
+                seed=seed,
+                finished=finished,
+                log=log,
+                prior=prior,
+                group=group,
+            )
+            targets = _centre_statistics(teacher, finished, centres)
 
     def make(index: int) -> dict[str, Tensor]:
         with no_room(advice):
@@ -108,17 +118,20 @@ def centre_names(num_classes: int, settings: PixelSynthesis) -> list[str]:
     return [f"centres-{k:03d}" for k in range(len(batch_sizes(num_classes, settings.batch_size)))]
 
 
-def _centre_statistics(
+def make_centres(
     teacher: fx.GraphModule,
     settings: PixelSynthesis,
     input_size: tuple[int, int, int],
+    *,
     seed: int,
     finished: Finished,
     log: Log,
-    prior: InputPrior | None,
-    group: Group,
-) -> Targets:
-    """Make one image a class, unless they are there; the statistics of all of them at every BatchNorm.
+    prior: InputPrior | None = None,
+    group: Group = ALONE,
+) -> list[str]:
+    """Make one image a class, unless they are there: in `finished`, in order of class, under these names.
+
+    Args: as for `synthesize_pixels`, for settings with centres.
 
     Source: calibration centres of TexQ (NeurIPS 2023) as in SynQ's code (arXiv:2603.18423), which fills a
     batch that has more places than classes are left with further images of class 0; here it is smaller.
@@ -128,6 +141,7 @@ def _centre_statistics(
         settings,
         steps=settings.centres.steps,
         lr_min=settings.centres.lr_min,
+        texture_weight=settings.centres.texture_weight,
         bn=replace(
             settings.bn, weight=1.0, shallow=settings.centres.shallow, deep=settings.centres.deep, slack=0.0
         ),
@@ -153,6 +167,11 @@ def _centre_statistics(
         return {"images": images.cpu(), "labels": parts[index]}
 
     spread(names, make, finished, group)
+    return names
+
+
+def _centre_statistics(teacher: fx.GraphModule, finished: Finished, names: list[str]) -> Targets:
+    """The statistics of all centres at every BatchNorm."""
     observer = observe(teacher, fold=True)
     with torch.no_grad():
         device = device_of(teacher)

@@ -41,12 +41,12 @@ class LatentGenerator(nn.Module):
         wide, narrow = WIDTHS
         self.start = (wide, math.ceil(self.size[0] / 4), math.ceil(self.size[1] / 4))
         outputs = math.prod(self.start)
-        self.linear_weight = _uniform((outputs, latent_size), latent_size, rng)
-        self.linear_bias = _uniform((outputs,), latent_size, rng)
-        self.conv1_weight = _uniform((narrow, wide, 3, 3), 9 * wide, rng)
-        self.conv1_bias = _uniform((narrow,), 9 * wide, rng)
-        self.conv2_weight = _uniform((channels, narrow, 3, 3), 9 * narrow, rng)
-        self.conv2_bias = _uniform((channels,), 9 * narrow, rng)
+        self.linear_weight = uniform((outputs, latent_size), latent_size, rng)
+        self.linear_bias = uniform((outputs,), latent_size, rng)
+        self.conv1_weight = uniform((narrow, wide, 3, 3), 9 * wide, rng)
+        self.conv1_bias = uniform((narrow,), 9 * wide, rng)
+        self.conv2_weight = uniform((channels, narrow, 3, 3), 9 * narrow, rng)
+        self.conv2_bias = uniform((channels,), 9 * narrow, rng)
         self.norm1_weight, self.norm1_bias = nn.Parameter(torch.ones(wide)), nn.Parameter(torch.zeros(wide))
         self.norm2_weight, self.norm2_bias = (
             nn.Parameter(torch.ones(narrow)),
@@ -57,11 +57,11 @@ class LatentGenerator(nn.Module):
         """Latents (N, latent_size) -> images (N, C, H, W), float32 also under autocast."""
         x = F.linear(latents, self.linear_weight, self.linear_bias).view(-1, *self.start)
         x = x.contiguous(memory_format=CHANNELS_LAST)
-        x = _normalise(x, self.norm1_weight, self.norm1_bias)
+        x = normalise(x, self.norm1_weight, self.norm1_bias)
         x = upsample_conv(x, self.conv1_weight, self.conv1_bias)
-        x = F.leaky_relu(_normalise(x, self.norm2_weight, self.norm2_bias), LEAK)
+        x = F.leaky_relu(normalise(x, self.norm2_weight, self.norm2_bias), LEAK)
         x = upsample_conv(x, self.conv2_weight, self.conv2_bias)
-        return _normalise(_crop(x, *self.size).float().tanh())
+        return normalise(centre_crop(x, *self.size).float().tanh())
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -131,18 +131,20 @@ def _phases(image: Tensor, between: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             )
 
 
-def _normalise(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def normalise(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = EPS
+) -> Tensor:
     """BatchNorm with the statistics of the batch."""
-    return F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
+    return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
 
 
-def _crop(x: Tensor, height: int, width: int) -> Tensor:
+def centre_crop(x: Tensor, height: int, width: int) -> Tensor:
     """The centre of (N, C, >= height, >= width)."""
     top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
     return x[:, :, top : top + height, left : left + width]
 
 
-def _uniform(shape: tuple[int, ...], fan_in: int, rng: torch.Generator) -> nn.Parameter:
+def uniform(shape: tuple[int, ...], fan_in: int, rng: torch.Generator) -> nn.Parameter:
     """The default of nn.Linear and nn.Conv2d: uniform in +-1 / sqrt(fan_in), weights and biases."""
     bound = 1 / math.sqrt(fan_in)
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=rng))

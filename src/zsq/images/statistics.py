@@ -144,12 +144,29 @@ def pooled_statistics(passes: Sequence[ForwardPass]) -> list[tuple[Tensor, Tenso
     return found
 
 
+def image_statistics(forward: ForwardPass) -> list[tuple[Tensor, Tensor]]:
+    """Mean and biased variance over the positions of each image's channels, at every BatchNorm.
+
+    Returns:
+        (mean, var), each (N, C), a layer, in the units of `NormInput.features`; without history. The variance
+        is 0 where there is a single position.
+    """
+    found = []
+    for norm in forward.norms:
+        positions = norm.features.detach().float().flatten(2)
+        if positions.ndim == 2:
+            positions = positions[..., None]
+        var, mean = torch.var_mean(positions, dim=2, correction=0)
+        found.append((mean, var))
+    return found
+
+
 def with_targets(forward: ForwardPass, targets: Sequence[tuple[Tensor, Tensor]]) -> ForwardPass:
     """A forward pass whose deep layers are beside other statistics than the stored ones.
 
     Args:
         forward: a pass of the network that `pooled_statistics` saw.
-        targets: (mean, var) of all layers.
+        targets: (mean, var) of all layers, each (C,); or (N, C), for gaps of each image on its own.
     """
     total = len(forward.norms)
     norms = tuple(

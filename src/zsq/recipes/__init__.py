@@ -2,8 +2,10 @@
 
 from zsq.errors import UsageError
 from zsq.recipe import Recipe
+from zsq.recipes.adadfq import ADADFQ, ADASG
 from zsq.recipes.baselines import GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST
 from zsq.recipes.dfq import DFQ
+from zsq.recipes.gdfq import GDFQ, GDFQ_SYNQ
 from zsq.recipes.genie import GENIE
 from zsq.recipes.genie_synq import GENIE_SYNQ
 from zsq.recipes.genq import GENQ
@@ -13,14 +15,21 @@ from zsq.recipes.mixup_class import MIXUP_CLASS
 from zsq.recipes.psaq_vit import PSAQ_VIT
 from zsq.recipes.sadag import SADAG
 from zsq.recipes.synq import SYNQ
-from zsq.recipes.zeroq import DSG, ZEROQ
+from zsq.recipes.texq import TEXQ
+from zsq.recipes.zeroq import DSG, ZEROQ, ZEROQ_FT
 
 _ALL = (
     GENIE,
     SADAG,
     ZEROQ,
+    ZEROQ_FT,
     DSG,
     DFQ,
+    GDFQ,
+    GDFQ_SYNQ,
+    ADASG,
+    ADADFQ,
+    TEXQ,
     INTRAQ,
     HAST,
     SYNQ,

@@ -1,10 +1,10 @@
-"""Images optimised as pixels, as papers make them: parts that recipes are composed of.
+"""Images optimised as pixels or made by a generator, as papers have them: parts of recipes.
 
 Where a paper has other settings for images of 224 pixels than for those of 32, the latter have the plain
 name and the former end in `_LARGE`. All are 1000 steps of Adam at 0.5 (ZeroQ, DSG: 500), which falls to a
 tenth when the loss has not fallen for 50 (100) steps.
 
-Common to all, and other than in the published codes:
+Common to all pixels, and other than in the published codes:
 
 * Labels are balanced: every class equally often in the set and in every batch; the codes draw them.
 * Statistics of BatchNorm's inputs come from the layer before, where a BatchNorm is folded into it, and are
@@ -15,6 +15,7 @@ Common to all, and other than in the published codes:
 
 from dataclasses import replace
 
+from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.pixel_settings import Centres, ClassGuide, Crops, PixelSynthesis, StatisticsMatch
 
 # ZeroQ (arXiv:2001.00281): no classes. Its code takes the statistics of each image on its own, where the
@@ -72,3 +73,11 @@ HAST_IMAGES_LARGE = replace(
 # is not divided.
 TEXQ_IMAGES = replace(HAST_IMAGES, bn=replace(BATCH_VARIANCE, weight=0.4), centres=Centres())
 TEXQ_IMAGES_LARGE = replace(HAST_IMAGES_LARGE, bn=replace(BATCH_VARIANCE, weight=0.4), centres=Centres())
+
+# GDFQ (arXiv:2003.03603): its BatchNorm distance is that of IntraQ, a tenth of it counts. Labels are drawn,
+# as in the code.
+GDFQ_GENERATOR = GeneratorSynthesis(bn=replace(BATCH_VARIANCE, weight=0.1))
+# AdaDFQ (arXiv:2303.06869), and AdaSG: all of it counts, and batches are small.
+ADADFQ_GENERATOR = replace(GDFQ_GENERATOR, batch_size=16, bn=BATCH_VARIANCE)
+# TexQ (NeurIPS 2023): GDFQ's, with one calibration image a class that has the textures of photographs.
+TEXQ_GENERATOR = replace(GDFQ_GENERATOR, batch_size=128, centres=Centres(texture_weight=1.0))

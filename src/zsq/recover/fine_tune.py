@@ -1,7 +1,7 @@
-"""Fine-tune a student end to end on fixed images: straight-through weights, fixed activation ranges."""
+"""Fine-tune a student end to end: straight-through weights, fixed activation ranges."""
 
 import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,16 +10,19 @@ from torch import Tensor, fx, nn
 from zsq.distributed import ALONE, Group
 from zsq.errors import JobError
 from zsq.graph.blocks import Unit
+from zsq.images.generator_training import GeneratorTraining
 from zsq.out_of_memory import in_chunks, no_room
 from zsq.quant.attach import Quantizers
 from zsq.recover.network_outputs import Observed, looked_at
-from zsq.recover.reconstruct import CHUNK, minibatches
+from zsq.recover.reconstruct import CHUNK, take
 from zsq.recover.settings import FineTuning
 from zsq.recover.trainee import load_trainee, put_up, trainee_state
 from zsq.recover.tuning_step import Step, Views
+from zsq.recover.turns import Minibatch, of_generator, of_images
 from zsq.rng import rng_for
 
 PIECE = "fine-tuning"  # under which the state after the last finished epoch is kept
+GENERATOR = "generator/"  # before the names of a generator's tensors in it
 LOGS_AN_EPOCH = 2
 Finished = MutableMapping[str, dict[str, Tensor]]
 Log = Callable[[int, dict[str, float]], None]
@@ -34,10 +37,15 @@ class FineTuningResult:
     last: dict[str, float]
 
 
+def decay_at(epoch: int, settings: FineTuning) -> float:
+    """Factor of the learning rate of an epoch (0-based)."""
+    factor: float = settings.lr_decay ** min(epoch // settings.lr_decay_epochs, settings.lr_decays)
+    return factor
+
+
 def lr_at(epoch: int, settings: FineTuning) -> float:
     """Learning rate of an epoch (0-based)."""
-    decays = min(epoch // settings.lr_decay_epochs, settings.lr_decays)
-    return settings.lr * settings.lr_decay**decays
+    return settings.lr * decay_at(epoch, settings)
 
 
 def fine_tune(
@@ -54,6 +62,7 @@ def fine_tune(
     finished: Finished,
     log: Log,
     group: Group = ALONE,
+    generator: GeneratorTraining | None = None,
 ) -> FineTuningResult:
     """Train the student's float parameters in place; its quantizers are hard again at the end.
 
@@ -71,6 +80,8 @@ def fine_tune(
         log: called as log(step, values) a few times an epoch; only then the host waits for the device.
         group: processes that share every minibatch; the draws are those of one process, so that the result
             differs only by the order in which gradients are summed.
+        generator: that made the images, for settings with turns: trained on in place, with the student, whose
+            steps are on new images of it; `images` serve the activation ranges alone.
 
     Raises:
         UsageError: the model is no classifier, or has not what the losses look at.
@@ -81,14 +92,15 @@ def fine_tune(
     """
     names = looked_at(teacher.graph, units, settings)
     own, shown = Observed(student, names, settings), Observed(teacher, names, settings).frozen()
-    views = Views(images.contiguous(memory_format=torch.channels_last), settings)
+    images = images.contiguous(memory_format=torch.channels_last)
+    views = Views((images.shape[2], images.shape[3]), settings, images.device)
     piece = finished.get(PIECE)
     advice = f"Lower fine_tuning.batch_size (now {settings.batch_size}), which changes the result."
     with no_room(advice):
 
         def observe(part: nn.Module) -> None:
             if piece is None:  # else the ranges come with it
-                _one_pass(part, views, settings, rng_for(seed, PIECE, "ranges"))
+                _one_pass(part, images, views, settings, rng_for(seed, PIECE, "ranges"))
 
         trainee = put_up(
             own.part,
@@ -114,9 +126,26 @@ def fine_tune(
             load_trainee(trainee, optimizer, piece)
             done = int(piece["epochs"])
             history = [_numbers(piece, "first."), _numbers(piece, "last.")]
-        step = Step(own, shown, views, labels, optimizer, settings, group)
+            if generator is not None:
+                generator.load(_without(piece, GENERATOR))
+        step = Step(own, shown, views, optimizer, settings, group)
+        if generator is None and done < settings.epochs:
+            step.remember(images, labels)
         for epoch in range(done, settings.epochs):
-            means = _epoch(step, epoch, settings, seed, log)
+            rng = rng_for(seed, PIECE, epoch)
+            if generator is None:
+                batches = of_images(images, labels, settings.batch_size, rng)
+            else:
+                batches = of_generator(
+                    generator,
+                    own,
+                    settings.batch_size,
+                    rng,
+                    adaptability=None if settings.turns is None else settings.turns.adaptability,
+                    lr_factor=decay_at(epoch, settings),
+                    group=group,
+                )
+            means = _epoch(step, batches, epoch, rng, log)
             if not math.isfinite(means["loss"]):
                 raise JobError(
                     f"Fine-tuning diverged in epoch {epoch + 1}: its loss is not finite. Lower "
@@ -128,15 +157,17 @@ def fine_tune(
                 "epochs": torch.tensor(epoch + 1),
                 **_tensors(history[0], "first."),
                 **_tensors(means, "last."),
+                **({} if generator is None else _prefixed(generator.state(), GENERATOR)),
             }
     trainee.harden(student)
     return FineTuningResult(settings.epochs, history[0], history[-1])
 
 
-def _epoch(step: Step, epoch: int, settings: FineTuning, seed: int, log: Log) -> dict[str, float]:
+def _epoch(
+    step: Step, batches: Iterator[Minibatch], epoch: int, rng: torch.Generator, log: Log
+) -> dict[str, float]:
     """The steps of one epoch; mean loss by part."""
-    rng = rng_for(seed, PIECE, epoch)
-    batches = minibatches(step.views.count, settings.batch_size, rng)
+    settings = step.settings
     for parameters in step.optimizer.param_groups:
         parameters["lr"] = lr_at(epoch, settings)
     interval = math.ceil(settings.iterations / LOGS_AN_EPOCH)
@@ -151,10 +182,12 @@ def _epoch(step: Step, epoch: int, settings: FineTuning, seed: int, log: Log) ->
 
 
 @torch.no_grad()
-def _one_pass(part: nn.Module, views: Views, settings: FineTuning, rng: torch.Generator) -> None:
+def _one_pass(
+    part: nn.Module, images: Tensor, views: Views, settings: FineTuning, rng: torch.Generator
+) -> None:
     """Run a part on all images once, a minibatch at a time, as they will be seen."""
-    for index in torch.randperm(views.count, generator=rng).split(settings.batch_size):
-        part(views(index, rng))
+    for index in torch.randperm(len(images), generator=rng).split(settings.batch_size):
+        part(views(take(images, index.to(images.device)), rng))
 
 
 @torch.no_grad()
@@ -162,6 +195,15 @@ def _classes(teacher: Observed, images: Tensor) -> Tensor:
     """What the teacher takes the images for, (N,)."""
     found = in_chunks(lambda rows: teacher.logits(images[rows]), len(images), CHUNK, "the teacher's pass")
     return torch.cat([logits.argmax(1) for _, logits in found])
+
+
+def _prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def _without(piece: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those tensors whose names have the prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in piece.items() if name.startswith(prefix)}
 
 
 def _numbers(piece: dict[str, Tensor], prefix: str) -> dict[str, float]:

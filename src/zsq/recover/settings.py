@@ -105,6 +105,63 @@ class Perturbation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adaptability:
+    """How a generator is to make images on which student and teacher neither agree nor disagree too much.
+
+    In the place of the class loss: both bounds, and `weight` times the two class losses (AdaDFQ; AdaSG has
+    0.1 for both of them).
+
+    Attributes:
+        lowest, highest: agreement of an image that costs nothing, see `relative_agreement`.
+        weight: of both class losses.
+        disagreement: factor of the cross-entropy of the class from the difference of the two logits.
+        agreement: the same from their sum.
+    """
+
+    lowest: float = 0.1
+    highest: float = 0.8
+    weight: float = 1.0
+    disagreement: float = 0.2
+    agreement: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lowest <= self.highest <= 1:
+            raise UsageError(
+                f"adaptability.lowest is {self.lowest} and adaptability.highest {self.highest}. Expected "
+                "0 <= lowest <= highest <= 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """Train the generator that made the images on: a step of it before each of the student's.
+
+    The student's step is on the images that the generator made for its own. Its loss is that of `synthesis`,
+    its learning rate falls as the student's does.
+
+    Attributes:
+        adaptability: what the student has to do with it; None: the teacher alone says what is good.
+    """
+
+    adaptability: Adaptability | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixup:
+    """Every image is mixed with another one of its minibatch; it keeps the label of the larger share (TexQ).
+
+    Attributes:
+        smallest: share of the image itself, uniform from here to 1, drawn for each.
+    """
+
+    smallest: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.smallest <= 1:
+            raise UsageError(f"mixup.smallest is {self.smallest}. Expected a share from 0.5 to 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FineTuning:
     """Train all float parameters of the student on the images, end to end, against the teacher.
 
@@ -145,6 +202,9 @@ class FineTuning:
         maps: class activation maps.
         features: channel attentions.
         perturbation: steps up the slope; its loss has all parts but the maps.
+        turns: the images of every step are new ones of a generator that is trained too; None takes those that
+            there are.
+        mixup: of the images, before augmentation and filter.
     """
 
     epochs: int = 100
@@ -169,6 +229,8 @@ class FineTuning:
     maps: MapAlignment | None = None
     features: FeatureAlignment | None = None
     perturbation: Perturbation | None = None
+    turns: Turns | None = None
+    mixup: Mixup | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "iterations", "batch_size", "lr_decay_epochs"):

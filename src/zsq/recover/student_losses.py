@@ -3,6 +3,8 @@
 In all of them `logits` and `teacher_logits` are (N, K); a loss is a scalar, a mean over the N images.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,6 +35,27 @@ def disagreement(logits: Tensor, teacher_logits: Tensor, *, temperature: float) 
     """
     gap = F.log_softmax((teacher_logits - logits) / temperature, dim=1)
     return (gap.exp() * gap).sum(1).mean() * temperature**2
+
+
+def relative_agreement(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """How much two networks agree on each image, (N,): 0 for the image where they do least, at most 1.
+
+    With h the entropy (nats) of softmax(teacher - student), (h - min h) / (log K - min h); min over the
+    images. 1 where the logits differ by the same number in all classes. All 1 if that is so on all images.
+
+    Source: AdaDFQ (arXiv:2303.06869), as in its code.
+    """
+    gap = F.log_softmax(teacher_logits - logits, dim=1)
+    disorder = math.log(logits.shape[1]) + (gap.exp() * gap).sum(1)  # log K - h
+    return 1 - disorder / disorder.max().clamp(min=SMALLEST_SPAN)
+
+
+def adaptability_bounds(agreement: Tensor, *, lowest: float, highest: float) -> Tensor:
+    """Mean over images (N,) of max(lowest - a, 0) + max(a - highest, 0): scalar >= 0.
+
+    Source: AdaSG (arXiv:2302.09572), AdaDFQ (arXiv:2303.06869).
+    """
+    return ((lowest - agreement).clamp(min=0) + (agreement - highest).clamp(min=0)).mean()
 
 
 def difficulty(teacher_logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,29 +9,48 @@ from zsq.images.low_pass import low_pass, low_pass_gain
 from zsq.out_of_memory import in_chunks
 from zsq.quant.dropping import Rows
 from zsq.recover.network_outputs import Observed, Outputs, joined, parts_of_loss
-from zsq.recover.reconstruct import CHUNK, take
-from zsq.recover.settings import FineTuning
+from zsq.recover.reconstruct import CHUNK
+from zsq.recover.settings import FineTuning, Mixup
+from zsq.recover.turns import Minibatch
 
 
 class Views:
-    """The images as training sees them: cropped, flipped and filtered."""
+    """Images as training sees them: mixed, cropped, flipped and filtered.
 
-    def __init__(self, images: Tensor, settings: FineTuning) -> None:
-        self._images, self._settings = images, settings
-        self.count, self.size = len(images), (images.shape[2], images.shape[3])
+    Args:
+        size: (H, W) of the images.
+        settings: what is done to them.
+        device: where they are.
+    """
+
+    def __init__(self, size: tuple[int, int], settings: FineTuning, device: torch.device) -> None:
+        self._settings, self.size = settings, size
         low = settings.low_pass
-        self._gain = None if low is None else low_pass_gain(low, *self.size, images.device)
+        self._gain = None if low is None else low_pass_gain(low, *self.size, device)
 
-    def __call__(self, index: Tensor, rng: torch.Generator | None, rows: Rows | None = None) -> Tensor:
-        """Images of these indices; crops and flips are drawn from `rng`, if it is given."""
-        images = take(self._images, index.to(self._images.device))
+    def __call__(self, images: Tensor, rng: torch.Generator | None, rows: Rows | None = None) -> Tensor:
+        """Images `rows` of a minibatch (of all); mixtures and crops are drawn from `rng`, if it is given."""
+        rows = rows or Rows(0, len(images), len(images))
+        if self._settings.mixup is not None and rng is not None:
+            images = mixed(images, self._settings.mixup, rng)
+        images = images[rows.start : rows.stop]
         if self._settings.augment and rng is not None:
-            rows = rows or Rows(0, len(images), len(images))
             boxes = draw_crops(rows.count, self.size, self._settings.crop_scale, rng)
             images = crop(images, boxes[rows.start : rows.stop].to(images.device))
         if self._gain is not None:
             images = low_pass(images, self._gain)
         return images.contiguous(memory_format=torch.channels_last)
+
+
+def mixed(images: Tensor, settings: Mixup, rng: torch.Generator) -> Tensor:
+    """Each of (N, C, H, W) times its share, plus another of them, in random order, times what is left.
+
+    Source: TexQ (NeurIPS 2023), which mixes the images of a minibatch and leaves their labels.
+    """
+    shares = settings.smallest + (1 - settings.smallest) * torch.rand(len(images), generator=rng)
+    others = torch.randperm(len(images), generator=rng).to(images.device)
+    share = shares.to(images.device).view(-1, 1, 1, 1)
+    return share * images + (1 - share) * images[others]
 
 
 class Step:
@@ -42,37 +61,54 @@ class Step:
         student: Observed,
         teacher: Observed,
         views: Views,
-        labels: Tensor,
         optimizer: torch.optim.SGD,
         settings: FineTuning,
         group: Group,
     ) -> None:
-        self.student, self.teacher, self.views, self.labels = student, teacher, views, labels
+        self.student, self.teacher, self.views = student, teacher, views
         self.optimizer, self.settings, self.group = optimizer, settings, group
         self.parameters: list[nn.Parameter] = optimizer.param_groups[0]["params"]
-        self.device = labels.device
         self.reduced = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
+            self.parameters[0].device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
         )
-        # Without augmentation the teacher sees the same images every time; a step up the slope needs its own.
-        cached = not settings.augment and settings.perturbation is None
-        self.cache = self._all_teacher_outputs() if cached else None
+        self.cache: Outputs | None = None
+        # Whether the teacher's logits of the images as they are, are all that the losses need of it.
+        self.logits_do = (
+            self.sees_the_same
+            and settings.low_pass is None
+            and settings.maps is None
+            and settings.features is None
+        )
 
-    def __call__(self, batch: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
-        """Draw the views of a minibatch, descend; this process's share of the loss by parts."""
-        count, group = len(batch), self.group
+    @property
+    def sees_the_same(self) -> bool:
+        """Whether the teacher sees the same whenever it is shown an image; a step up the slope is its own."""
+        settings = self.settings
+        return not settings.augment and settings.mixup is None and settings.perturbation is None
+
+    def __call__(self, batch: Minibatch, rng: torch.Generator) -> dict[str, Tensor]:
+        """Draw the views of a minibatch, descend; this process's share of the loss by parts.
+
+        "loss" is the sum of those of the student; parts of the generator that made the images are besides.
+        """
+        count, group = len(batch.labels), self.group
         if count >= group.size:
             mine = group.share(count)
             share = (mine.stop - mine.start) / count
         else:  # all do the same
             mine, share = slice(0, count), 1 / group.size
-        index = batch[mine].to(self.device)
-        images, labels = self.views(index, rng, Rows(mine.start, mine.stop, count)), self.labels[index]
+        labels, index = batch.labels[mine], None if batch.index is None else batch.index[mine]
+        images = self.views(batch.images, rng, Rows(mine.start, mine.stop, count))
         perturbation = self.settings.perturbation
         self.optimizer.zero_grad()
         if perturbation is not None:
             images.requires_grad_()
-        parts = self._parts(images, labels, index, maps=True)
+        known = None
+        if self.cache is not None and index is not None:
+            known = self.cache.rows(index)
+        elif self.logits_do and batch.logits is not None:
+            known = Outputs(batch.logits[mine], None, ())
+        parts = self._parts(images, labels, known, maps=True)
         loss = torch.stack(list(parts.values())).sum() * share
         loss.backward(inputs=[*self.parameters, images] if perturbation is not None else self.parameters)
         if perturbation is not None:
@@ -84,7 +120,8 @@ class Step:
         self.group.add([p.grad for p in self.parameters if p.grad is not None])
         self.optimizer.step()
         parts = {name: part.detach() * share for name, part in parts.items()}
-        return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+        generator = {f"generator_{name}": part / group.size for name, part in batch.parts.items()}
+        return {"loss": torch.stack(list(parts.values())).sum(), **parts, **generator}
 
     def means(self, totals: dict[str, Tensor], steps: int) -> dict[str, float]:
         """Means over steps and processes of sums of what the steps returned; waits for the device."""
@@ -93,11 +130,10 @@ class Step:
         return dict(zip(totals, (joint / steps).tolist(), strict=True))
 
     def _parts(
-        self, images: Tensor, labels: Tensor, index: Tensor | None, *, maps: bool
+        self, images: Tensor, labels: Tensor, wanted: Outputs | None, *, maps: bool
     ) -> dict[str, Tensor]:
-        if self.cache is not None and index is not None:
-            wanted = self.cache.rows(index)
-        else:
+        """Parts of the loss; `wanted` is what the teacher gives, None if it has to be asked."""
+        if wanted is None:
             wanted = self._teacher_outputs(images, labels, maps=maps)
         own = self.student(images, labels, maps=maps)
         return parts_of_loss(own, wanted, labels, self.settings, self.views.size)
@@ -111,10 +147,16 @@ class Step:
             return Outputs(found.logits, found.constant().maps, found.attentions)
         return found.constant()
 
-    def _all_teacher_outputs(self) -> Outputs:
-        def outputs(rows: slice) -> Outputs:
-            index = torch.arange(rows.start, rows.stop)
-            return self._teacher_outputs(self.views(index, None), self.labels[rows], maps=True)
+    def remember(self, images: Tensor, labels: Tensor) -> None:
+        """Let the teacher see all images once, for minibatches that tell their index.
 
-        found = in_chunks(outputs, self.views.count, CHUNK, "the teacher's pass")
-        return joined([piece for _, piece in found])
+        Only where it would see the same every time.
+        """
+        if not self.sees_the_same:
+            return
+
+        def outputs(rows: slice) -> Outputs:
+            return self._teacher_outputs(self.views(images[rows], None), labels[rows], maps=True)
+
+        found = in_chunks(outputs, len(images), CHUNK, "the teacher's pass")
+        self.cache = joined([piece for _, piece in found])
