@@ -42,7 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-RESULTS = ("student.safetensors", "images.safetensors", "images.png")
+RESULTS = ("student.safetensors", "images.safetensors", "images.png", "inspection.json")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,7 @@ def test_run_folder_and_record(model: Teacher, tmp_path: Path) -> None:
     run = tiny(model, out=tmp_path / "run", progress=events.append, command="zsq quantize tiny")
     assert model.sha256 == before
     assert sorted(contents(tmp_path / "run")) == [
+        "inspection.json",
         "images.png",
         "images.safetensors",
         "metrics.jsonl",
@@ -88,7 +89,14 @@ def test_run_folder_and_record(model: Teacher, tmp_path: Path) -> None:
     assert estimates["holdout"]["num_images"] == 8 and estimates["calibration_images"]["num_images"] == 20
     assert list(estimates["unit_snr"]) == [unit["name"] for unit in results["units"]]
     assert results["size"]["student_bytes"] == len((tmp_path / "run" / "student.safetensors").read_bytes())
-    assert set(record["timings"]) == {"capture", "synthesize", "quantize", "reconstruct", "holdout"}
+    assert set(record["timings"]) == {
+        "capture",
+        "synthesize",
+        "quantize",
+        "reconstruct",
+        "holdout",
+        "inspect",
+    }
     assert "accuracy" not in json.dumps(record).replace("not accuracy", "")
     for stage in ("synthesize", "reconstruct"):
         seen = [event for event in events if event.stage == stage]

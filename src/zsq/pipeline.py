@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from zsq.account import Account
 from zsq.budget import with_budget
+from zsq.inspection import codes_of, inspect
 from zsq.distributed import ALONE, Group
 from zsq.errors import UsageError
 from zsq.evaluate import agreement, unit_signal_to_noise
@@ -313,6 +314,7 @@ def _run_stages(
         networks = attached(graph, settings, teacher.spec)
         original, student, units = networks.original, networks.student, networks.units
         quantizers = networks.quantizers
+        nearest = codes_of(student, quantizers)
     made = shape_images(networks, made, settings, teacher.spec, seed, state, account)
     images = made.images
     with account.timed("reconstruct"):
@@ -342,6 +344,8 @@ def _run_stages(
         if holdout is not None:
             holdout = holdout.to(device)
         estimates = _estimates(original, student, units, None if unseen else images, holdout)
+    with account.timed("inspect"):
+        inspection = inspect(graph, original, student, quantizers, nearest, images)
     student = student.cpu()
     sizes = stored_bytes(student)
     record = {
@@ -359,7 +363,15 @@ def _run_stages(
             "student_parts": sizes,
         },
     }
-    return Run(student, record, images.cpu(), teacher.spec, labels=made.labels, prompts=list(made.prompts))
+    return Run(
+        student,
+        record,
+        images.cpu(),
+        teacher.spec,
+        labels=made.labels,
+        prompts=list(made.prompts),
+        inspection=inspection,
+    )
 
 
 def _storage(
