@@ -73,8 +73,18 @@ ALLOWED: dict[str, set[str]] = {
     "inspection": GROUND | {"graph", "quant", "images"},
     **{name: set() for name in GROUND - {"distributed", "out_of_memory"}},
 }
-TOP = {"", "pipeline", "diagnostics", *BENCH, "bench_table", "report", "cli", "__main__"}  # anything below
-ABOVE_PIPELINE = {"diagnostics", *BENCH, "report", "cli", "__main__"}
+TOP = {
+    "",
+    "pipeline",
+    "diagnostics",
+    "forecast",
+    *BENCH,
+    "bench_table",
+    "report",
+    "cli",
+    "__main__",
+}  # anything below
+ABOVE_PIPELINE = {"diagnostics", "forecast", *BENCH, "report", "cli", "__main__"}
 REQUIRED = {"torch", "numpy", "safetensors", "typer", "rich", "PIL"}
 
 

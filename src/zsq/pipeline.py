@@ -15,7 +15,6 @@ from torch import Tensor, fx
 
 from zsq.account import Account
 from zsq.budget import with_budget
-from zsq.inspection import codes_of, inspect
 from zsq.distributed import ALONE, Group
 from zsq.errors import UsageError
 from zsq.evaluate import agreement, unit_signal_to_noise
@@ -27,6 +26,7 @@ from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
 from zsq.images.prior import input_prior
 from zsq.images.prompts import TextToImage
 from zsq.images.text_to_image import check_pipeline
+from zsq.inspection import codes_of, inspect
 from zsq.memory import cache_bytes, read_bytes
 from zsq.models import Teacher, load_model
 from zsq.pictures import mode_of

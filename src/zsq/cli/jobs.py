@@ -32,6 +32,7 @@ from zsq.cli.arguments import (
     read_teacher,
 )
 from zsq.cli.call import call
+from zsq.cli.dry_run import show_forecast
 from zsq.cli.terminal import (
     diagnostics_summary,
     evaluate_line,
@@ -90,10 +91,28 @@ def quantize(
         str | None,
         typer.Option(metavar="SIZE", help="4GiB: tensors between units that take more are kept in files"),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only estimate time and memory, from a few steps of each stage")
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Quantize a model without its data. The same command continues an interrupted run."""
+    if dry_run:
+        show_forecast(
+            (model, weights, input_size, mean, std),
+            device=device,
+            images=images,
+            as_json=as_json,
+            recipe=recipe,
+            bits=bits,
+            ends=ends,
+            placement=placement,
+            budget=budget,
+            overrides={**read_filters(filters), **read_settings(settings)},
+            memory=memory,
+        )
+        return
     with only_result_on_stdout(), processes(device) as (group, target):
         import zsq
         from zsq.data import load_images

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zsq.publish import exports_of
 from zsq.run import LATENCIES
 
-SETTINGS = (".onnx.json", ".pt2.json")  # what `zsq export` writes beside a file ends so
 SAME_RUN = {"zsq.bits": ("bits",), "zsq.seed": ("seed",), "zsq.teacher_sha256": ("model", "sha256")}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file, with its texts for the page; `stale` if it was made from another run."""
+    """A file as texts for the page; without outputs if its check was not kept, `stale` if of another run."""
 
     file: str
     size: int
@@ -32,22 +32,26 @@ def exported(folder: Path | None, record: Mapping[str, Any]) -> list[Exported]:
         KeyError, TypeError, ValueError, OSError: a file is damaged.
     """
     found = []
-    for path in sorted(folder.iterdir()) if folder is not None else ():
-        if path.name.endswith(SETTINGS) and path.with_suffix("").is_file():
-            about = json.loads(path.read_text(encoding="utf-8"))
-            check = about["verified_on_synthetic_images"]
-            outputs = check["outputs"] if "outputs" in check else check["optimized"]
-            found.append(
-                Exported(
-                    file=str(about["file"]),
-                    size=int(about["bytes"]),
-                    engine=str(about["engine"]),
-                    num_images=int(check["num_images"]),
-                    outputs=tuple(_output(o) for o in outputs),
-                    notes=tuple(map(str, about["notes"])),
-                    stale=_is_stale(about, record),
-                )
+    for export in exports_of(folder) if folder is not None else ():
+        about = export.about
+        if not about:  # a program written before its check was kept
+            found.append(Exported(export.path.name, export.path.stat().st_size, "", 0, (), (), False))
+            continue
+        check = about.get("verified_on_synthetic_images", about)
+        outputs = list(check["outputs"] if "outputs" in check else check["optimized"])
+        inside = about.get("openvino", {}).get("outputs", ())
+        outputs += [{**output, "name": f"{output['name']} in OpenVINO"} for output in inside]
+        found.append(
+            Exported(
+                file=str(about["file"]),
+                size=int(about["bytes"]),
+                engine=str(about["engine"]),
+                num_images=int(check["num_images"]),
+                outputs=tuple(_output(output) for output in outputs),
+                notes=tuple(map(str, about["notes"])),
+                stale=_is_stale(about, record),
             )
+        )
     return found
 
 

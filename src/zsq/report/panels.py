@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from zsq.inspection import MARGIN
 from zsq.images.contact_sheet import picture, pixels_of
+from zsq.inspection import MARGIN
 from zsq.quant.affine import integer_limits
 from zsq.recover.losses import MAX_DECIBELS
 from zsq.report.charts import FEW_LEVELS, Histogram, Row, Series, dot_rows, histogram, line_chart
