@@ -66,9 +66,9 @@ def test_run_folder_and_record(model: Teacher, tmp_path: Path) -> None:
     run = tiny(model, out=tmp_path / "run", progress=events.append, command="zsq quantize tiny")
     assert model.sha256 == before
     assert sorted(contents(tmp_path / "run")) == [
-        "inspection.json",
         "images.png",
         "images.safetensors",
+        "inspection.json",
         "metrics.jsonl",
         "run.json",
         "student.safetensors",

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: time from a trial of a few steps of each stage, memory from shapes."""
+"""What a run will take: time from a trial of a few steps of each stage, memory from shapes."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -204,7 +204,7 @@ def trial_recipe(settings: Recipe) -> Recipe:
 
 
 def planned_steps(settings: Recipe) -> dict[str, float]:
-    """By stage, how many times as many steps the run has as its trial."""
+    """By stage, how many times as many steps the run has as its trial; at 8 bits nothing is learned."""
     found: dict[str, float] = {}
     source = settings.synthesis
     batches = 1
@@ -215,6 +215,8 @@ def planned_steps(settings: Recipe) -> dict[str, float]:
         found["holdout"] = source.steps / _few(source.steps)
         if isinstance(source, PixelSynthesis) and source.centres is not None:
             found["centres"] = source.centres.steps / _few(source.centres.steps)
+    if settings.scheme.is_eight_bit:
+        return found
     if settings.refinement is not None:
         steps, warmup = settings.refinement.steps, settings.refinement.warmup_steps
         found |= {"refine": batches * steps / _few(steps), "warm-up": warmup / _few(warmup)}

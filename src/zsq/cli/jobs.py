@@ -33,6 +33,7 @@ from zsq.cli.arguments import (
 )
 from zsq.cli.call import call
 from zsq.cli.dry_run import show_forecast
+from zsq.cli.logs import both, logged
 from zsq.cli.terminal import (
     diagnostics_summary,
     evaluate_line,
@@ -94,6 +95,9 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="only estimate time and memory, from a few steps of each stage")
     ] = False,
+    log: Annotated[
+        str | None, typer.Option(metavar="tensorboard", help="write losses as events into RUN/tensorboard")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -130,7 +134,8 @@ def quantize(
         dataset = _labelled(data, teacher.spec, teacher.output_shape) if data is not None else None
         say(f"{teacher.name}, recipe {recipe}, {label}, budget {budget}, seed {seed} -> {folder}")
         call.hint = _goes_on(folder)
-        with reported_progress(plain=as_json) as progress:
+        kept = log if group.rank == 0 else None
+        with reported_progress(plain=as_json) as shown, logged(kept, folder) as written:
             run = zsq.quantize(
                 teacher,
                 recipe=recipe,
@@ -144,7 +149,7 @@ def quantize(
                 device=target,
                 out=folder,
                 force=force,
-                progress=progress,
+                progress=both(shown, written),
                 command=call.line(),
                 memory=memory,
                 group=group,

@@ -249,4 +249,5 @@ def _share(value: float | None) -> str:
     """0.0123 -> "1.2 %"."""
     if value is None:
         return "?"
-    return f"{100 * value:.0f} %" if value == 0 or value >= 0.0995 else f"{100 * value:.2g} %"
+    digits = ".0f" if value == 0 or value >= 0.0995 else ".2g"
+    return f"{100 * value:{digits}}\N{NO-BREAK SPACE}%"
