@@ -64,7 +64,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
         self.tags.append(tag)
-        if tag not in ("meta", "link", "img", "input", "br"):
+        if tag not in ("meta", "link", "img", "br", "wbr"):
             self.open.append(tag)
         if tag == "section":
             self.sections.append(found["id"] or "")

@@ -22,7 +22,7 @@ NUM_IMAGES = 64  # the first ones of a run, which inspection looks at
 BINS = 64  # of a histogram
 MARGIN = 0.125  # of the range of a quantizer, by which its histogram goes beyond it at either end
 CHUNK = 16
-CHANNEL_VALUES = 1e-5  # added to stored variances, so that dead channels do not divide by zero
+VARIANCE_FLOOR = 1e-5  # added to stored variances, so that dead channels do not divide by zero
 
 
 def codes_of(student: fx.GraphModule, quantizers: Quantizers) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ def _batch_norm(teacher: fx.GraphModule, images: Tensor) -> list[dict[str, Any]]
     for (name, mean, var), (first, second), count in zip(stored, moments, counts, strict=True):
         mu = first / count
         spread = ((second / count - mu.square()).clamp(min=0) * (count / max(count - 1, 1))).sqrt()
-        deviation = (var + CHANNEL_VALUES).sqrt()
+        deviation = (var + VARIANCE_FLOOR).sqrt()
         gaps = {"mean_gap": (mu - mean) / deviation, "deviation_gap": spread / deviation - 1}
         rms = {key: _short(float(gap.square().mean().sqrt())) for key, gap in gaps.items()}
         found.append({"name": name, "channels": len(mean), **rms})
