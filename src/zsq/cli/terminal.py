@@ -246,7 +246,9 @@ def quantized_summary(record: Mapping[str, Any], folder: Path, data: str | None)
         *(measured_summary(results["measured"]) if results["measured"] else ()),
         "",
         f"Time: {times}",
-        f"Files: {folder} (student.safetensors, images.safetensors, images.png, run.json, metrics.jsonl)",
+        f"Files: {folder} (student.safetensors, images.safetensors, images.png, run.json, metrics.jsonl, "
+        "inspection.json)",
+        f"To look at it: zsq report {shlex.quote(str(folder))}",
         f"To measure accuracy on labelled images: {evaluate_line(folder, data)}",
         f"To use it in Python: zsq.load_run({str(folder)!r}).student",
     ]

@@ -15,8 +15,8 @@ class Section:
 SECTIONS = (
     Section(
         "images",
-        "Synthetic images",
-        "What the network was calibrated on, made without data. Above the line the teacher's class and its "
+        "Images",
+        "What the network was calibrated on: made without data, or given. Above the line the teacher's class and its "
         "probability, below it the student's; framed where they differ.",
     ),
     Section(
