@@ -16,8 +16,8 @@ SECTIONS = (
     Section(
         "images",
         "Images",
-        "What the network was calibrated on: made without data, or given. Above the line the teacher's class and "
-        "its probability, below it the student's; framed where they differ.",
+        "What the network was calibrated on: made without data, or given. Above the line the teacher's class "
+        "and its probability, below it the student's; framed where they differ.",
     ),
     Section(
         "batch_norm",
