@@ -168,6 +168,9 @@ def test_an_old_run_says_what_it_does_not_hold(folders: list[Path], tmp_path: Pa
     found = page(write_report(old, tmp_path / "page.html"))
     assert found.text.count("Not recorded") == 4 and "not recorded in this run" in found.text
     assert "Nothing was optimised" in found.text and "Bits over the network" in found.text
+    run = zsq.load_run(old)
+    published = page(write_report(replace(run, images=run.images[:0]), tmp_path / "published.html"))
+    assert "holds no images" in published.text
 
 
 @pytest.mark.parametrize("network", [Summing, Tokens])

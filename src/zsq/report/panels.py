@@ -52,6 +52,8 @@ class Tile:
 
 def images(run: Run) -> Panel:
     """The first images, with the teacher's and the student's class."""
+    if len(run.images) == 0:
+        return Panel("The run holds no images: those that were given to it were not published.")
     shown = (run.inspection or {}).get("num_images", 64)
     pixels = pixels_of(run.images[: int(shown)], run.spec)
     classes = (run.inspection or {}).get("classes")
