@@ -65,4 +65,7 @@ def test_command(tmp_path: Path, capsys: Capture) -> None:
     code, out, _ = call(capsys, "bench-latency", run, "--rounds", "2", "--batch-size", "3", "--json")
     found = json.loads(out)
     assert code == 0 and found["batch_size"] == 3 and found["ratio"] > 0 and found["fused"]["additions"] == 0
-    assert sorted(run.iterdir()) == before
+    assert sorted(run.iterdir()) == sorted([*before, run / "latency.jsonl"])
+    kept = [json.loads(line) for line in (run / "latency.jsonl").read_text().splitlines()]
+    assert [row["batch_size"] for row in kept] == [1, 3] and kept[1]["ratio"] == found["ratio"]
+    assert all(row["date"].endswith("Z") for row in kept)

@@ -16,7 +16,7 @@ ROOT = Path(zsq.__file__).parent
 
 # What each part may import, besides itself. `SETTINGS` are the recipe's dataclasses: plain numbers that every
 # stage takes, below all stages but graph, which has no settings.
-GROUND = {"errors", "rng", "distributed", "_version", "allocator", "out_of_memory"}
+GROUND = {"errors", "rng", "distributed", "_version", "allocator", "out_of_memory", "amounts"}
 MODELS = {"architectures", "bundled", "weight_files", "teacher", "models"}
 SETTINGS = {
     "recipe",
@@ -76,10 +76,21 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"errors"},
     "out_of_memory": {"errors"},
     "memory": GROUND | {"graph", "images"},
+    "inspection": GROUND | {"graph", "quant", "images"},
     **{name: set() for name in GROUND - {"distributed", "out_of_memory"}},
 }
-TOP = {"", "pipeline", "diagnostics", *BENCH, "bench_table", "report", "cli", "__main__"}  # anything below
-ABOVE_PIPELINE = {"diagnostics", *BENCH, "report", "cli", "__main__"}
+TOP = {
+    "",
+    "pipeline",
+    "diagnostics",
+    "forecast",
+    *BENCH,
+    "bench_table",
+    "report",
+    "cli",
+    "__main__",
+}  # anything below
+ABOVE_PIPELINE = {"diagnostics", "forecast", *BENCH, "report", "cli", "__main__"}
 REQUIRED = {"torch", "numpy", "safetensors", "typer", "rich", "PIL"}
 
 

@@ -42,7 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-RESULTS = ("student.safetensors", "images.safetensors", "images.png")
+RESULTS = ("student.safetensors", "images.safetensors", "images.png", "inspection.json")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,7 @@ def test_run_folder_and_record(model: Teacher, tmp_path: Path) -> None:
     assert sorted(contents(tmp_path / "run")) == [
         "images.png",
         "images.safetensors",
+        "inspection.json",
         "metrics.jsonl",
         "run.json",
         "student.safetensors",
@@ -88,7 +89,14 @@ def test_run_folder_and_record(model: Teacher, tmp_path: Path) -> None:
     assert estimates["holdout"]["num_images"] == 8 and estimates["calibration_images"]["num_images"] == 20
     assert list(estimates["unit_snr"]) == [unit["name"] for unit in results["units"]]
     assert results["size"]["student_bytes"] == len((tmp_path / "run" / "student.safetensors").read_bytes())
-    assert set(record["timings"]) == {"capture", "synthesize", "quantize", "reconstruct", "holdout"}
+    assert set(record["timings"]) == {
+        "capture",
+        "synthesize",
+        "quantize",
+        "reconstruct",
+        "holdout",
+        "inspect",
+    }
     assert "accuracy" not in json.dumps(record).replace("not accuracy", "")
     for stage in ("synthesize", "reconstruct"):
         seen = [event for event in events if event.stage == stage]
@@ -304,13 +312,13 @@ def test_killed_at_any_write(
         original(path, content)
 
     monkeypatch.setattr(run_module, "write_atomic", write)
-    # The record; eight pieces of state; then each of the five files that are left.
-    for allowed in (0, 1, 2, 3, 2, 0, 1, 2, 3, 4):
+    # The record; eight pieces of state; then each of the six files that are left.
+    for allowed in (0, 1, 2, 3, 2, 0, 1, 2, 3, 4, 5):
         writes["left"] = allowed
         with pytest.raises(KeyboardInterrupt):
             tiny(model, out=out, force=force)
     assert set(contents(out)) > set(undisturbed) - {"run.json"}  # all but the finished record
-    writes["left"] = 5
+    writes["left"] = 6
     tiny(model, out=out, force=force)
     after = contents(out)
     assert set(after) == set(undisturbed)

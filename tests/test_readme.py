@@ -75,7 +75,7 @@ def test_quantize_evaluate_and_export_your_own_model(tmp_path: Path, monkeypatch
     commands = [c for block in lines for c in block if c.startswith("zsq ")]
     names_of = [c.split()[1] for c in commands]
     assert names_of[:4] == ["quantize", "evaluate", "export", "evaluate"]
-    assert names_of[4:] == ["quantize", "export", "bench-latency", "push"]
+    assert names_of[4:] == ["quantize", "export", "bench-latency", "push", "report", "report"]
     for command in commands:
         tiny = f"{command} {TINY}" if " quantize " in command else command
         result = CliRunner().invoke(app, shlex.split(tiny)[1:])

@@ -261,7 +261,10 @@ def test_force_keeps_a_run_folder_recognisable_until_it_is_empty(
 
     monkeypatch.setattr(Path, "unlink", unlink)
     claim_folder(folder, force=True)
-    assert removed[-1] == "run.json" and set(removed) == FILES | {"prompts.jsonl"}
+    assert removed[-1] == "run.json" and set(removed) == {
+        *FILES,
+        *("prompts.jsonl", "inspection.json", "report.html", "latency.jsonl"),
+    }
 
 
 def test_a_disk_that_fails_is_a_job_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from zsq.publish import load_pretrained, push, save_pretrained
     from zsq.recipe import Recipe
     from zsq.recipes import RECIPES
+    from zsq.report.page import write_report
     from zsq.run import Run, load_run
 
 _WHERE = {
@@ -48,6 +49,7 @@ _WHERE = {
     "save_pretrained": "zsq.publish",
     "quantize": "zsq.pipeline",
     "synthesize_images": "zsq.pipeline",
+    "write_report": "zsq.report.page",
 }
 
 __all__ = [
@@ -78,6 +80,7 @@ __all__ = [
     "quantize",
     "save_pretrained",
     "synthesize_images",
+    "write_report",
 ]
 
 

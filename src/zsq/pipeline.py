@@ -28,6 +28,7 @@ from zsq.images.pixel_settings import PixelSynthesis, needs_statistics
 from zsq.images.prior import input_prior
 from zsq.images.prompts import TextToImage
 from zsq.images.text_to_image import check_pipeline
+from zsq.inspection import codes_of, inspect
 from zsq.memory import cache_bytes, read_bytes
 from zsq.models import Teacher, load_model
 from zsq.pictures import mode_of
@@ -317,6 +318,7 @@ def _run_stages(
         networks = attached(graph, settings, teacher.spec, made.images)
         original, student, units = networks.original, networks.student, networks.units
         quantizers = networks.quantizers
+        nearest = codes_of(student, quantizers)
     made = shape_images(networks, made, settings, teacher.spec, seed, state, account)
     images = made.images
     with account.timed("reconstruct"):
@@ -348,6 +350,8 @@ def _run_stages(
         if holdout is not None:
             holdout = holdout.to(device)
         estimates = _estimates(original, student, units, None if unseen else images, holdout)
+    with account.timed("inspect"):
+        inspection = inspect(graph, original, student, quantizers, nearest, images)
     student = student.cpu()
     sizes = stored_bytes(student)
     record = {
@@ -365,7 +369,15 @@ def _run_stages(
             "student_parts": sizes,
         },
     }
-    return Run(student, record, images.cpu(), teacher.spec, labels=labels, prompts=list(made.prompts))
+    return Run(
+        student,
+        record,
+        images.cpu(),
+        teacher.spec,
+        labels=labels,
+        prompts=list(made.prompts),
+        inspection=inspection,
+    )
 
 
 def _storage(

@@ -24,15 +24,18 @@ from zsq.models import ModelSpec
 from zsq.student import student_from_file, student_to_bytes
 
 FORMAT = 1
-RECORD, STUDENT, IMAGES, SHEET, PROMPTS, METRICS, STATE = (
+RECORD, STUDENT, IMAGES, SHEET, PROMPTS, METRICS, INSPECTION, STATE = (
     "run.json",
     "student.safetensors",
     "images.safetensors",
     "images.png",
     "prompts.jsonl",
     "metrics.jsonl",
+    "inspection.json",
     "state",
 )
+
+REPORT, LATENCIES = "report.html", "latency.jsonl"  # what other commands add to a finished run
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -141,6 +144,7 @@ class Run:
         spec: how images must be prepared.
         labels: the classes that the images were asked for, (N,), int64; None if for none.
         prompts: of each image, in order, if they came from text; see `zsq.images.prompts.Prompt`.
+        inspection: what `zsq.inspection.inspect` found for the report; None in runs made before it was.
     """
 
     student: fx.GraphModule
@@ -150,6 +154,7 @@ class Run:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     labels: Tensor | None = None
     prompts: list[dict[str, Any]] = field(default_factory=list)
+    inspection: dict[str, Any] | None = None
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write the run folder.
@@ -168,6 +173,9 @@ class Run:
         write_atomic(folder / STUDENT, student_to_bytes(self.student))
         write_images(folder, self.images, self.spec, self.labels, self.prompts)
         write_atomic(folder / METRICS, _json_lines(self.metrics))
+        if self.inspection is not None:
+            text = json.dumps(self.inspection, separators=(",", ":"), allow_nan=False)
+            write_atomic(folder / INSPECTION, text.encode())
         write_record(folder, self.record)
 
 
@@ -233,9 +241,12 @@ def load_run(path: str | Path) -> Run:
         images, labels = tensors["images"], tensors.get("labels")
         metrics = _read_json_lines(folder / METRICS)
         prompts = _read_json_lines(folder / PROMPTS) if (folder / PROMPTS).exists() else []
+        found = folder / INSPECTION
+        inspection = json.loads(found.read_text(encoding="utf-8")) if found.exists() else None
     except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise UsageError(f"The run folder {folder} is incomplete or damaged: {error}.") from error
-    return Run(student_from_file(folder / STUDENT), record, images, spec, metrics, labels, prompts)
+    student = student_from_file(folder / STUDENT)
+    return Run(student, record, images, spec, metrics, labels, prompts, inspection)
 
 
 def is_run_folder(path: str | Path) -> bool:
@@ -272,7 +283,10 @@ def claim_folder(folder: Path, *, force: bool) -> None:
         # The record last: until then it is a run folder.
         for path in (
             *leftovers,
-            *(folder / name for name in (STUDENT, IMAGES, SHEET, PROMPTS, METRICS, RECORD)),
+            *(
+                folder / name
+                for name in (STUDENT, IMAGES, SHEET, PROMPTS, METRICS, INSPECTION, REPORT, LATENCIES, RECORD)
+            ),
         ):
             path.unlink(missing_ok=True)
     except OSError as error:
@@ -283,7 +297,7 @@ def claim_folder(folder: Path, *, force: bool) -> None:
 
 def temporary_files(folder: Path) -> list[Path]:
     """The temporary files that killed writes left in a run folder."""
-    names = (RECORD, STUDENT, IMAGES, SHEET, PROMPTS, METRICS)
+    names = (RECORD, STUDENT, IMAGES, SHEET, PROMPTS, METRICS, INSPECTION, REPORT, LATENCIES)
     return [path for name in names for path in folder.glob(f".{name}.????????")]
 
 

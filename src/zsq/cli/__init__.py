@@ -9,7 +9,7 @@ import typer
 
 from zsq._version import __version__
 from zsq.allocator import keep_freed_memory
-from zsq.cli import doctor, exports, jobs, lists, publishing
+from zsq.cli import doctor, exports, jobs, lists, publishing, report
 from zsq.cli.arguments import DebugOption
 from zsq.cli.call import begin_call, guarded, refused
 
@@ -61,6 +61,7 @@ for command in (
     jobs.evaluate,
     exports.export,
     exports.bench_latency,
+    report.report,
     publishing.push,
     lists.recipes,
     lists.show,

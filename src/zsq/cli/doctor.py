@@ -16,7 +16,8 @@ EXTRAS = {
     "timm": (("timm", "torchvision"), "models by timm's names"),
     "diffusion": (("diffusers", "transformers", "accelerate"), "recipes genq and mixup_class"),
     "hf": (("datasets", "huggingface_hub"), "data sets and models of the Hugging Face hub"),
-    "report": (("matplotlib", "jinja2"), "plots"),
+    "report": (("jinja2", "matplotlib"), "zsq report, plots of benchmarks"),
+    "tensorboard": (("tensorboard",), "zsq quantize --log tensorboard"),
     "demo": (("sklearn",), "make demo"),
 }
 

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zsq.amounts import bytes_text
 from zsq.cli.arguments import DebugOption, JsonOption
-from zsq.cli.terminal import bytes_text, evaluate_line, grid, only_result_on_stdout, print_json, print_parts
-from zsq.errors import UsageError
+from zsq.cli.terminal import evaluate_line, grid, only_result_on_stdout, print_json, print_parts, say
+from zsq.errors import JobError, UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -101,13 +102,17 @@ def bench_latency(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Time a run in ONNX Runtime beside the same network in float32; nothing is written."""
+    """Time a run in ONNX Runtime beside the same network in float32; RUN/latency.jsonl keeps the times."""
     with only_result_on_stdout():
         from zsq.export import latency
 
         found = latency.bench_latency(
             run, batch_size=batch_size, threads=threads, rounds=rounds, container=container
         )
+        try:
+            latency.keep_latency(found, run)
+        except JobError as error:  # a folder that is only read
+            say(f"Note: {error}")
     if as_json:
         print_json(found.to_json())
     else:

@@ -32,6 +32,8 @@ from zsq.cli.arguments import (
     read_teacher,
 )
 from zsq.cli.call import call
+from zsq.cli.dry_run import show_forecast
+from zsq.cli.logs import both, logged
 from zsq.cli.terminal import (
     diagnostics_summary,
     evaluate_line,
@@ -90,10 +92,31 @@ def quantize(
         str | None,
         typer.Option(metavar="SIZE", help="4GiB: tensors between units that take more are kept in files"),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only estimate time and memory, from a few steps of each stage")
+    ] = False,
+    log: Annotated[
+        str | None, typer.Option(metavar="tensorboard", help="write losses as events into RUN/tensorboard")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Quantize a model without its data. The same command continues an interrupted run."""
+    if dry_run:
+        show_forecast(
+            (model, weights, input_size, mean, std),
+            device=device,
+            images=images,
+            as_json=as_json,
+            recipe=recipe,
+            bits=bits,
+            ends=ends,
+            placement=placement,
+            budget=budget,
+            overrides={**read_filters(filters), **read_settings(settings)},
+            memory=memory,
+        )
+        return
     with only_result_on_stdout(), processes(device) as (group, target):
         import zsq
         from zsq.data import load_images
@@ -111,7 +134,8 @@ def quantize(
         dataset = _labelled(data, teacher.spec, teacher.output_shape) if data is not None else None
         say(f"{teacher.name}, recipe {recipe}, {label}, budget {budget}, seed {seed} -> {folder}")
         call.hint = _goes_on(folder)
-        with reported_progress(plain=as_json) as progress:
+        kept = log if group.rank == 0 else None
+        with reported_progress(plain=as_json) as shown, logged(kept, folder) as written:
             run = zsq.quantize(
                 teacher,
                 recipe=recipe,
@@ -125,7 +149,7 @@ def quantize(
                 device=target,
                 out=folder,
                 force=force,
-                progress=progress,
+                progress=both(shown, written),
                 command=call.line(),
                 memory=memory,
                 group=group,

@@ -27,6 +27,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from zsq.amounts import bytes_text, seconds_text
 from zsq.progress import Callback, Progress
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -210,27 +211,6 @@ class _TimeLeft(ProgressColumn):
         return Text(f"{seconds_text(max(0.0, finish_at - time.monotonic()))} left")
 
 
-def seconds_text(seconds: float) -> str:
-    """0.42 -> "0.4 s", 42.3 -> "42 s", 200 -> "3 min 20 s", 7300 -> "2 h 1 min"."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def bytes_text(count: float) -> str:
-    """1234 -> "1.2 kB"."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
 def grid(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> Table:
     """A table of texts, taken literally; columns `right` are right-aligned."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -266,7 +246,9 @@ def quantized_summary(record: Mapping[str, Any], folder: Path, data: str | None)
         *(measured_summary(results["measured"]) if results["measured"] else ()),
         "",
         f"Time: {times}",
-        f"Files: {folder} (student.safetensors, images.safetensors, images.png, run.json, metrics.jsonl)",
+        f"Files: {folder} (student.safetensors, images.safetensors, images.png, run.json, metrics.jsonl, "
+        "inspection.json)",
+        f"To look at it: zsq report {shlex.quote(str(folder))}",
         f"To measure accuracy on labelled images: {evaluate_line(folder, data)}",
         f"To use it in Python: zsq.load_run({str(folder)!r}).student",
     ]

@@ -1,9 +1,11 @@
 """How much faster a quantized network is than the same network in float32, in the same engine."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from zsq.export.onnx import checked, lower, require_packages, serialized
 from zsq.export.prepare import prepared
 from zsq.export.targets import container_widths, get_target
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
-from zsq.run import Run, load_run
+from zsq.run import LATENCIES, Run, load_run, write_atomic
 
 WARM_UP = 3  # calls that are not counted
 
@@ -111,6 +113,19 @@ def bench_latency(
         container=container or f"int{min(widths)}",
         fused=fused_operators(found.content, found.verification.session),
     )
+
+
+def keep_latency(found: Latency, folder: Path) -> Path:
+    """Add a measurement, with its date, to those in a run folder, where the report looks for them.
+
+    Raises:
+        JobError: the file cannot be written.
+    """
+    path = folder / LATENCIES
+    date = datetime.now(UTC).isoformat(timespec="minutes").replace("+00:00", "Z")
+    line = json.dumps({"date": date, **found.to_json()}, allow_nan=False) + "\n"
+    write_atomic(path, (path.read_bytes() if path.is_file() else b"") + line.encode())
+    return path
 
 
 def take_turns(calls: list[Callable[[], object]], rounds: int) -> list[list[float]]:

@@ -33,6 +33,7 @@ class Program:
 
     Attributes:
         path: of the file.
+        settings: of the file that tells how it compared (`path` with .json after it).
         size: its bytes.
         num_images: synthetic images on which it was compared with the student.
         outputs: how.
@@ -40,6 +41,7 @@ class Program:
     """
 
     path: Path
+    settings: Path
     size: int
     num_images: int
     outputs: tuple[OutputDifference, ...]
@@ -72,7 +74,7 @@ def export_pt2(run: Run | str | Path, path: str | Path, *, force: bool = False) 
 
     Args:
         run: a Run, or the folder of one.
-        path: file to write.
+        path: file to write; beside it goes `path`.json with the verification.
         force: replace it if it exists.
 
     Raises:
@@ -80,7 +82,8 @@ def export_pt2(run: Run | str | Path, path: str | Path, *, force: bool = False) 
         JobError: the program does not compute what the student computes, or cannot be written.
     """
     file = Path(path)
-    check_free([file], force=force)
+    settings = file.with_name(f"{file.name}.json")
+    check_free([file, settings], force=force)
     loaded = run if isinstance(run, Run) else load_run(run)
     importlib.import_module(OPERATORS)
     student, notes = prepared(loaded.student, loaded.images, BYTES)
@@ -89,8 +92,8 @@ def export_pt2(run: Run | str | Path, path: str | Path, *, force: bool = False) 
     quantize_for_fusion(lowered)
     program = _program(_with_operators(lowered), tuple(loaded.images.shape[1:]))
     buffer = io.BytesIO()
-    about = json.dumps(metadata_of(loaded, BYTES, "int8"))
-    torch.export.save(program, buffer, extra_files={"zsq.json": about})
+    about = metadata_of(loaded, BYTES, "int8")
+    torch.export.save(program, buffer, extra_files={"zsq.json": json.dumps(about)})
     content = buffer.getvalue()
     again = torch.export.load(io.BytesIO(content)).module()
     names = [f"output_{i}" for i in range(len(reference.outputs))]
@@ -103,8 +106,14 @@ def export_pt2(run: Run | str | Path, path: str | Path, *, force: bool = False) 
             "this is a fault of zsq."
         )
     notes.append(f"to load it: import {OPERATORS}, then torch.export.load")
+    result = Program(file, settings, len(content), len(reference.images), tuple(found), tuple(notes))
     write_atomic(file, content)
-    return Program(file, len(content), len(reference.images), tuple(found), tuple(notes))
+    try:
+        write_atomic(settings, (json.dumps({**about, **result.to_json()}, indent=2) + "\n").encode())
+    except JobError:
+        file.unlink(missing_ok=True)
+        raise
+    return result
 
 
 def _program(module: fx.GraphModule, size: tuple[int, ...]) -> torch.export.ExportedProgram:

@@ -1,0 +1,1 @@
+"""The report of one or several runs: one HTML page that needs nothing else."""
