@@ -7,6 +7,10 @@ photograph by Laws' filters. What the deeper layers receive for it is the centre
 is GDFQ's, trained in turns with the student, whose images are also held to the centre of their class. The
 student sees each image mixed with another one, and learns what the teacher says of the mixture.
 
+Measured as `zsq show gdfq` says, in as many steps, with 150 steps of the calibration images and a rate of
+3e-5: 88.8 at W4A4, where `gdfq` has 85.8 and `adadfq` 89.1 (one seed). The distance to the centres stayed
+where it was, at 1.2: its factor of 0.02 moves little in so few steps.
+
 The paper's code was announced but is empty, so there is nothing to compare with; what is not known from the
 paper's text is chosen here:
 
