@@ -126,8 +126,9 @@ class Ours:
 
 def one_seed(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Seconds and accuracies of both sides."""
-    sides = {"published": Published(options, seed), "zsq": Ours(options, seed)}
-    dataset = open_dataset(options.data, sides["zsq"].teacher.spec)  # type: ignore[union-attr]
+    ours = Ours(options, seed)
+    sides: dict[str, Published | Ours] = {"published": Published(options, seed), "zsq": ours}
+    dataset = open_dataset(options.data, ours.teacher.spec)
     row: dict[str, Any] = {"seed": seed, "synthesis": {}, "reconstruction": {}, "top1": {}}
     images = {}
     for side, program in sides.items():
