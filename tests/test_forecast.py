@@ -64,7 +64,9 @@ def test_a_step_counts_between_events_of_one_item() -> None:
     assert clock.totals == {"synthesize": 8, "reconstruct": 8}
 
 
-@pytest.mark.parametrize("name", ["genie", "sadag", "synq", "zeroq", "dfq", "noise"])
+@pytest.mark.parametrize(
+    "name", ["genie", "sadag", "synq", "gdfq", "texq", "psaq_vit", "zeroq", "dfq", "noise"]
+)
 def test_a_trial_is_short(name: str) -> None:
     recipe = get_recipe(name)
     short = trial_recipe(recipe)

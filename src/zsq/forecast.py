@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zsq.graph.blocks import split
+from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
 from zsq.images.prompts import TextToImage
 from zsq.images.settings import Filter, Synthesis
@@ -175,10 +176,10 @@ def forecast(
 def trial_recipe(settings: Recipe) -> Recipe:
     """The recipe with one batch of images and at most `TRIAL_STEPS` steps of everything."""
     source = settings.synthesis
-    if isinstance(source, MadeInBatches):
+    if isinstance(source, MadeInBatches | GeneratorSynthesis):
         count = min(source.num_images, source.batch_size)
         source = replace(source, num_images=count, steps=_few(source.steps))
-        if isinstance(source, PixelSynthesis) and source.centres is not None:
+        if isinstance(source, PixelSynthesis | GeneratorSynthesis) and source.centres is not None:
             source = replace(source, centres=replace(source.centres, steps=_few(source.centres.steps)))
     elif not isinstance(source, GivenImages):
         count = min(source.num_images, TRIAL_IMAGES)
@@ -213,8 +214,10 @@ def planned_steps(settings: Recipe) -> dict[str, float]:
         again = getattr(source, "reuse_steps", 0) or source.steps
         found["synthesize"] = (source.steps + (batches - 1) * again) / _few(source.steps)
         found["holdout"] = source.steps / _few(source.steps)
-        if isinstance(source, PixelSynthesis) and source.centres is not None:
-            found["centres"] = source.centres.steps / _few(source.centres.steps)
+    if isinstance(source, GeneratorSynthesis):  # one generator, whatever the number of its images
+        found["synthesize"] = source.steps / _few(source.steps)
+    if isinstance(source, PixelSynthesis | GeneratorSynthesis) and source.centres is not None:
+        found["centres"] = source.centres.steps / _few(source.centres.steps)
     if settings.scheme.is_eight_bit:
         return found
     if settings.refinement is not None:
