@@ -155,7 +155,7 @@ def forecast(
         graph,
         split(graph.graph),
         num_images=count,
-        synthesis_batch=source.batch_size if isinstance(source, MadeInBatches) and images is None else 0,
+        synthesis_batch=getattr(source, "batch_size", 0) if images is None else 0,
         latent_size=source.latent_size if isinstance(source, Synthesis) else 0,
         batch_size=reconstruction.batch_size if reconstruction is not None else 0,
         chunk=CHUNK,
