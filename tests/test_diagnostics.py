@@ -71,7 +71,7 @@ class Tokens(nn.Module):
 
 
 def test_rewritten_layer_norms() -> None:
-    """At 8 bits little is lost, which only shows if the teacher was rewritten as it was for the student."""
+    """The rewrite is inside units: the teacher as it was is what their outputs compare with."""
     torch.manual_seed(0)
     network = Tokens().eval()
     network.norm.weight.data.copy_(torch.linspace(0.1, 4, 8))

@@ -9,16 +9,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from zsq.errors import UsageError
 from zsq.generalisation import Generalisation, generalisation
 from zsq.graph.blocks import split
-from zsq.graph.equalize_norms import channel_ranges, equalize_norms
 from zsq.images.settings import Scope
 from zsq.models import Teacher
 from zsq.pipeline import captured
-from zsq.recipe import Equalization, NormEqualization, Recipe
+from zsq.recipe import Equalization, Recipe
 from zsq.run import Run
 from zsq.sharpness import Alignment, Sharpness, gradient_alignment, sharpness
 from zsq.without_images import rewritten
@@ -77,12 +76,10 @@ def diagnose(
             f"teacher has {teacher.sha256[:12]}... Give the model that was quantized."
         )
     target = torch.device(device)
-    own, others = run.images.to(target), images.to(target)
-    original, norms = _rewritten(captured(teacher, target), run.record["recipe"])
-    if norms is not None and len(own):
-        original = equalize_norms(original, channel_ranges(original, own[: norms.num_images]))
+    original, _ = rewritten(captured(teacher, target), _rewriting(run.record["recipe"]))
     student = run.student if target.type == "cpu" else copy.deepcopy(run.student).to(target)
     units = split(original.graph)
+    own, others = run.images.to(target), images.to(target)
     flat = {
         name: sharpness(original, student, units, x, relative_radius=relative_radius, power_steps=power_steps)
         for name, x in (("own", own), ("others", others))
@@ -94,20 +91,16 @@ def diagnose(
     )
 
 
-def _rewritten(
-    graph: fx.GraphModule, described: Mapping[str, Any]
-) -> tuple[fx.GraphModule, NormEqualization | None]:
-    """The network that the student of a described recipe was attached to, and what images rewrite of it."""
+def _rewriting(described: Mapping[str, Any]) -> Recipe:
+    """The part of a described recipe that says which network the student was attached to.
 
-    def settings(stage: str) -> dict[str, Any] | None:
-        values = described.get(stage)
-        return None if values is None else {key: value for key, value in values.items() if key != "kind"}
-
-    weights, norms = settings("equalization"), settings("norm_equalization")
-    recipe = Recipe(
+    A rewrite around LayerNorms keeps what units return, as a LayerNorm is in one unit with the layers after it.
+    """
+    rewrites = described.get("equalization")
+    values = {key: value for key, value in (rewrites or {}).items() if key != "kind"}
+    return Recipe(
         name=described["name"],
         paper=described["paper"],
         fold_batch_norm=described["fold_batch_norm"],
-        equalization=None if weights is None else Equalization(**weights),
+        equalization=None if rewrites is None else Equalization(**values),
     )
-    return rewritten(graph, recipe)[0], None if norms is None else NormEqualization(**norms)
