@@ -94,7 +94,7 @@ def diagnose(
 def _rewriting(described: Mapping[str, Any]) -> Recipe:
     """The part of a described recipe that says which network the student was attached to.
 
-    A rewrite around LayerNorms keeps what units return, as a LayerNorm is in one unit with the layers after it.
+    A rewrite around LayerNorms keeps what units return: a LayerNorm is in one unit with the layers after it.
     """
     rewrites = described.get("equalization")
     values = {key: value for key, value in (rewrites or {}).items() if key != "kind"}
