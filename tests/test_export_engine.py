@@ -25,7 +25,9 @@ for package in ("onnx", "onnx_ir", "onnxruntime", "ml_dtypes"):
 
 from test_export import FLOAT, PLACES, captured, exported, kinds, run_of, worst  # noqa: E402
 
+from zsq.export import openvino  # noqa: E402
 from zsq.export.integer import fused_operators, quantize_for_fusion, reads_codes  # noqa: E402
+from zsq.export.openvino import OpenVinoModel  # noqa: E402
 from zsq.export.prepare import prepared  # noqa: E402
 
 
@@ -144,3 +146,24 @@ def test_placement_is_seen_in_the_student(tmp_path: Path) -> None:
     assert reads_codes(engine.student) and not reads_codes(research.student)
     export = exported(engine, tmp_path)
     assert "QLinearConv" not in kinds(export)  # the file has standard operators only
+
+
+def test_openvino_without_its_transformations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In some networks its transformations to integers go wrong; then it is told to leave them out."""
+    pytest.importorskip("openvino")
+    forward = OpenVinoModel.forward
+    asked: list[dict[str, str]] = []
+
+    class Faulty(OpenVinoModel):
+        def __init__(self, source: bytes | Path, properties: dict[str, str]) -> None:
+            super().__init__(source, properties)
+            asked.append(properties)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            right: torch.Tensor = forward(self, x)
+            return right if "LP_TRANSFORMS_MODE" in asked[-1] else right + 1
+
+    monkeypatch.setattr(openvino, "OpenVinoModel", Faulty)
+    found = exported(engine_run(captured(Residual), "W4A8", images(8)), tmp_path, target="openvino")
+    assert found.in_openvino is not None and found.in_openvino.properties["LP_TRANSFORMS_MODE"] == "NO"
+    assert '"LP_TRANSFORMS_MODE": "NO"' in found.settings.read_text()

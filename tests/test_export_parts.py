@@ -142,7 +142,7 @@ def test_wrong_commands(tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     assert "not a run folder" in refusal(capsys, "export", run)
     finished_run().save(run)
-    assert "--to is one of onnx, pt2" in refusal(capsys, "export", run, "--to", "tflite")
+    assert "--to is one of onnx, openvino, pt2" in refusal(capsys, "export", run, "--to", "tflite")
     assert "does not load INT4" in refusal(
         capsys, "export", run, "--target", "tensorrt", "--container", "int4"
     )

@@ -102,4 +102,6 @@ def test_command(tmp_path: Path, capsys: Capture) -> None:
     code, out, _ = call(capsys, "export", run, "--to", "pt2", "--force", "--json")
     assert code == 0 and json.loads(out)["file"] == "student.pt2"
     refused = refusal(capsys, "export", run, "--to", "pt2", "--target", "openvino")
-    assert "Leave out --target and --container" in refused
+    assert "--to pt2 says already what is to run it" in refused
+    refused = refusal(capsys, "export", run, "--to", "pt2", "--container", "int8")
+    assert "Leave out --container" in refused

@@ -97,7 +97,7 @@ def open_representation(path: str | Path) -> EngineFile:
     settings = file.with_name(f"{file.name}.json")
     try:
         about = json.loads(settings.read_text(encoding="utf-8"))
-        spec = spec_from_json(json.loads(about["zsq.preprocessing"]))
+        spec, properties = spec_from_json(json.loads(about["zsq.preprocessing"])), dict(about["properties"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{settings}, which says how the images of {file.name} are prepared, cannot be read ({error}). "
@@ -105,4 +105,4 @@ def open_representation(path: str | Path) -> EngineFile:
         ) from error
     if not file.is_file():
         raise UsageError(f"There is no file {file}.")
-    return EngineFile(OpenVinoModel(file), spec, about)
+    return EngineFile(OpenVinoModel(file, properties), spec, about)
