@@ -13,8 +13,8 @@ from zsq.export.verify import OutputDifference, Reference, differences, run_in_c
 
 EXTRA = "openvino"
 # Its default on many processors is bfloat16, in which a quantized network is another one. With its
-# transformations to integers, OpenVINO 2026.4 gave wrong outputs, other ones in every session, for linear layers
-# with 4-bit weights and 8-bit activations placed for engines; without them they are right.
+# transformations to integers, OpenVINO 2026.4 gave wrong outputs, other ones in every session, for linear
+# layers with 4-bit weights and 8-bit activations placed for engines; without them they are right.
 FALLBACKS = (
     {"INFERENCE_PRECISION_HINT": "f32"},
     {"INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": "NO"},
