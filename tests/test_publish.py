@@ -53,7 +53,7 @@ def test_given_images_stay_private(tmp_path: Path) -> None:
     teacher = Teacher(Residual().eval(), input_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3)
     run = zsq.quantize(teacher, recipe="given-nearest", bits="W4A4", images=photographs(6, SIZE))
     folder = save_pretrained(run, tmp_path / "public")
-    assert len(load_pretrained(folder).images) == 0
+    assert len(load_pretrained(folder).images) == 0 and not (folder / "inspection.json").exists()
     assert "Export the run before" in message(lambda: zsq.export_pt2(folder, tmp_path / "x.pt2"))
     assert "given to the run are not published" in (folder / CARD).read_text()
     open_folder = save_pretrained(run, tmp_path / "open", with_images=True)

@@ -40,8 +40,8 @@ def save_pretrained(
 ) -> Path:
     """Write a run for others: student, record without paths, model card, and the exports of its folder.
 
-    Synthetic images go along. Images that were given to the run do not, as they may not be public; without
-    them a loaded run computes the same, but cannot be exported again.
+    Synthetic images go along. Images that were given to the run, and what was recorded of them, do not, as they
+    may not be public; without them a loaded run computes the same, but cannot be exported again.
 
     Args:
         run: a Run, or the folder of one; of a folder, verified exports go along.
@@ -67,7 +67,7 @@ def save_pretrained(
     private = loaded.record.get("given_images_sha256") is not None and not with_images
     public = replace(loaded, record=record)
     if private:
-        public = replace(public, images=loaded.images[:0], labels=None, prompts=[])
+        public = replace(public, images=loaded.images[:0], labels=None, prompts=[], inspection=None)
     for export in exports:
         for file in (export.path, *export.beside):
             write_atomic(folder / file.name, file.read_bytes())
