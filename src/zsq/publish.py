@@ -40,8 +40,8 @@ def save_pretrained(
 ) -> Path:
     """Write a run for others: student, record without paths, model card, and the exports of its folder.
 
-    Synthetic images go along. Images that were given to the run, and what was recorded of them, do not, as they
-    may not be public; without them a loaded run computes the same, but cannot be exported again.
+    Synthetic images go along. Images that were given to the run, and what was recorded of them, do not, as
+    they may not be public; without them a loaded run computes the same, but cannot be exported again.
 
     Args:
         run: a Run, or the folder of one; of a folder, verified exports go along.
