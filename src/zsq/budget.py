@@ -58,8 +58,8 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
     66.6 at both. The rates of a refinement grow as its steps become fewer, as at the published ones 30 steps
     move the images little: see the measurements in `zsq show sadag`.
 
-    Images of large inputs take 100 steps in the quick budget too: with 50, imagenet_etinynet_1.0 at W8A8 (72.2
-    in float, 500 images) had 68.0, 69.0 and 69.0 with seeds 0-2, with 100 70.4, 69.8 and 69.4.
+    Large inputs get 100 steps of synthesis in the quick budget too: with 50, imagenet_etinynet_1.0 at W8A8
+    (72.2 in float, 500 images) had 68.0, 69.0 and 69.0 with seeds 0-2, with 100 70.4, 69.8 and 69.4.
 
     The rate of fine-tuning is three times the published one. Measured on cifar10_resnet20, W3A3, 256
     synthetic images, 100 steps on 64 of them, distillation alone, 2000 test images, seed 0: with ranges of
