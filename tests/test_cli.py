@@ -250,7 +250,7 @@ def test_show(capsys: Capture) -> None:
     assert "synthesis.steps = 150  (int)\n    optimizer steps a batch" in out
     assert "scheme.weight_bits = 2" in out and "num_holdout = 7" in out
     assert (
-        "synthesis.steps = 50 "
+        "synthesis.steps = 100 "
         in call(capsys, "show", "genie", "--budget", "quick", "--input-size", "3,224,224")[1]
     )
     assert "Baselines" in call(capsys, "show", "noise")[1]
