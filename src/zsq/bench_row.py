@@ -80,7 +80,7 @@ def fill_row(
     timings["evaluate"] = round(time.perf_counter() - started, 3)
     diagnostics = {}
     if plan.diagnostics:
-        others = torch.cat([x for x, _ in plan.dataset.batches(CHUNK, limit=plan.diagnostics)])
+        others = plan.dataset.sample(plan.diagnostics)
         diagnostics = {"diagnostics": diagnose(run, plan.teacher, others, device=device).to_json()}
     estimates = run.record["results"]["estimated_without_data"]
     kind = "holdout" if "holdout" in estimates else "calibration_images"

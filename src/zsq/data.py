@@ -71,6 +71,14 @@ class Dataset:
             chosen = positions[first : first + batch_size]
             yield self.read(chosen), self.labels[chosen]
 
+    def sample(self, limit: int) -> Tensor:
+        """At most so many images, (N, C, H, W), drawn and prepared as by `batches`.
+
+        Raises:
+            UsageError: as for `batches`.
+        """
+        return torch.cat([images for images, _ in self.batches(limit=limit)])
+
 
 def open_dataset(path_or_name: str | Path, spec: ModelSpec) -> Dataset:
     """Labelled images for measuring accuracy, in a fixed order.

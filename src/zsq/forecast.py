@@ -142,11 +142,9 @@ def forecast(
             if part in clock.totals and part in planned:
                 rate = clock.seconds.get(part, 0.0) / max(clock.steps.get(part, 0), 1)
                 total = round(clock.totals[part] * planned[part])
-                seconds, steps, inside = (
-                    seconds + rate * total,
-                    steps + total,
-                    inside + rate * clock.totals[part],
-                )
+                steps += total
+                seconds += rate * total
+                inside += rate * clock.totals[part]
         seconds += max(0.0, wall - inside) * more.get(name, 1.0)
         stages.append(Stage(name, steps, seconds))
     graph = captured(teacher, torch.device("cpu"))

@@ -36,6 +36,8 @@ RECORD, STUDENT, IMAGES, SHEET, PROMPTS, METRICS, INSPECTION, STATE = (
 )
 
 REPORT, LATENCIES = "report.html", "latency.jsonl"  # what other commands add to a finished run
+# All files of a run. The record is last: a folder without it is no run, with it one that can be replaced.
+FILES = (STUDENT, IMAGES, SHEET, PROMPTS, METRICS, INSPECTION, REPORT, LATENCIES, RECORD)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -69,6 +71,20 @@ def write_atomic(path: Path, content: bytes) -> None:
             f"{path} could not be written: {error.strerror or error}. What was finished before is kept; "
             "free some space or choose another --out, then give the same command again."
         ) from error
+
+
+def check_free(files: Sequence[Path], *, force: bool) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        UsageError: one of the files exists and `force` is False, or it is a folder.
+    """
+    for existing in files:
+        if existing.is_dir() or (existing.exists() and not force):
+            raise UsageError(
+                f"{existing} exists already; nothing was changed. Choose another --out"
+                + ("." if existing.is_dir() else ", or give --force to replace it.")
+            )
 
 
 State = MutableMapping[str, dict[str, Tensor]]
@@ -280,14 +296,7 @@ def claim_folder(folder: Path, *, force: bool) -> None:
             )
         if STATE in found:
             shutil.rmtree(folder / STATE)
-        # The record last: until then it is a run folder.
-        for path in (
-            *leftovers,
-            *(
-                folder / name
-                for name in (STUDENT, IMAGES, SHEET, PROMPTS, METRICS, INSPECTION, REPORT, LATENCIES, RECORD)
-            ),
-        ):
+        for path in (*leftovers, *(folder / name for name in FILES)):
             path.unlink(missing_ok=True)
     except OSError as error:
         raise JobError(
@@ -297,8 +306,7 @@ def claim_folder(folder: Path, *, force: bool) -> None:
 
 def temporary_files(folder: Path) -> list[Path]:
     """The temporary files that killed writes left in a run folder."""
-    names = (RECORD, STUDENT, IMAGES, SHEET, PROMPTS, METRICS, INSPECTION, REPORT, LATENCIES)
-    return [path for name in names for path in folder.glob(f".{name}.????????")]
+    return [path for name in FILES for path in folder.glob(f".{name}.????????")]
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The commands around files for engines: export, bench-latency."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,29 +67,19 @@ def export(
             from zsq.export.openvino_ir import export_openvino
 
             representation = export_openvino(run, file, container=container, force=force)
-        if as_json:
-            print_json(representation.to_json())
-        else:
-            print_parts(*_representation_summary(representation))
-        return
-    if to == "pt2":
+        _show(representation.to_json(), _representation_summary(representation), as_json)
+    elif to == "pt2":
         with only_result_on_stdout():
             from zsq.export.pt2 import export_pt2
 
             program = export_pt2(run, file, force=force)
-        if as_json:
-            print_json(program.to_json())
-        else:
-            print_parts(*_program_summary(program))
-        return
-    with only_result_on_stdout():
-        from zsq.export.onnx import export_onnx
-
-        found = export_onnx(run, file, target=target or "onnxruntime", container=container, force=force)
-    if as_json:
-        print_json(found.to_json())
+        _show(program.to_json(), _program_summary(program), as_json)
     else:
-        print_parts(*_summary(found))
+        with only_result_on_stdout():
+            from zsq.export.onnx import export_onnx
+
+            found = export_onnx(run, file, target=target or "onnxruntime", container=container, force=force)
+        _show(found.to_json(), _summary(found), as_json)
 
 
 def bench_latency(
@@ -113,10 +104,14 @@ def bench_latency(
             latency.keep_latency(found, run)
         except JobError as error:  # a folder that is only read
             say(f"Note: {error}")
+    _show(found.to_json(), _latency_summary(found), as_json)
+
+
+def _show(result: dict[str, Any], summary: "list[Table | str]", as_json: bool) -> None:
     if as_json:
-        print_json(found.to_json())
+        print_json(result)
     else:
-        print_parts(*_latency_summary(found))
+        print_parts(*summary)
 
 
 def _latency_summary(found: "Latency") -> "list[Table | str]":
@@ -163,28 +158,30 @@ def _summary(export: "Export") -> "list[Table | str]":
 
 def _representation_summary(representation: "Representation") -> "list[Table | str]":
     check, files = representation.check, f"{representation.path} and {representation.weights.name}"
-    head = ("output", "same class", "largest difference", "relative error")
-    rows = [(name, *rest) for name, _, *rest in (_row(d, "") for d in check.outputs)]
     return [
         "",
         f"{files} ({bytes_text(representation.size)}), how to run it: {representation.settings}",
         f"{check.engine}, float32, against PyTorch on {check.num_images} synthetic images (not an accuracy):",
-        grid(head, rows, right=(1, 2, 3)),
+        _outputs(check.outputs),
         *(f"Note: {note}." for note in representation.notes),
         f"To measure accuracy on labelled images: {evaluate_line(representation.path, None)}",
     ]
 
 
 def _program_summary(program: "Program") -> "list[Table | str]":
-    head = ("output", "same class", "largest difference", "relative error")
-    rows = [(name, *rest) for name, _, *rest in (_row(d, "") for d in program.outputs)]
     return [
         "",
         f"{program.path} ({bytes_text(program.size)})",
         f"The program against the student on {program.num_images} synthetic images (not an accuracy):",
-        grid(head, rows, right=(1, 2, 3)),
+        _outputs(program.outputs),
         *(f"Note: {note}." for note in program.notes),
     ]
+
+
+def _outputs(differences: "Sequence[OutputDifference]") -> "Table":
+    head = ("output", "same class", "largest difference", "relative error")
+    rows = [(name, *rest) for name, _, *rest in (_row(difference, "") for difference in differences)]
+    return grid(head, rows, right=(1, 2, 3))
 
 
 def _row(difference: "OutputDifference", optimizations: str) -> tuple[str, ...]:

@@ -302,12 +302,10 @@ def evaluate(
         )
         found: dict[str, Any] = {}
         if diagnostics and group.rank == 0:
-            import torch
-
             from zsq.diagnostics import diagnose
 
             say(f"diagnostics on {min(diagnostics, len(dataset))} of the images")
-            others = torch.cat([images for images, _ in dataset.batches(batch_size, limit=diagnostics)])
+            others = dataset.sample(diagnostics)
             found = diagnose(run, loaded, others, power_steps=POWER_STEPS, device=target).to_json()
     if as_json:
         print_json({"model": model, "data": data, **measured, **({"diagnostics": found} if found else {})})

@@ -2,7 +2,6 @@
 
 import json
 import operator
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from zsq.graph.capture import aten
 from zsq.graph.fold import BATCH_NORM
 from zsq.graph.tensors import get_tensor
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
-from zsq.run import Run, load_run, write_atomic
+from zsq.run import Run, check_free, load_run, write_atomic
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -111,20 +110,6 @@ def export_onnx(
         file.unlink(missing_ok=True)
         raise
     return export
-
-
-def check_free(files: Sequence[Path], *, force: bool) -> None:
-    """Refuse to write where something is.
-
-    Raises:
-        UsageError: one of the files exists and `force` is False, or it is a folder.
-    """
-    for existing in files:
-        if existing.is_dir() or (existing.exists() and not force):
-            raise UsageError(
-                f"{existing} exists already; nothing was changed. Choose another --out"
-                + ("." if existing.is_dir() else ", or give --force to replace it.")
-            )
 
 
 def require_packages() -> None:

@@ -39,9 +39,9 @@ class OpenVinoModel(nn.Module):
         openvino: Any = import_extra("openvino", EXTRA)
         core = openvino.Core()
         try:
-            self.network = core.read_model(source if isinstance(source, bytes) else str(source))
+            network = core.read_model(source if isinstance(source, bytes) else str(source))
             threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-            self._compiled = core.compile_model(self.network, "CPU", {**properties, **threads})
+            self._compiled = core.compile_model(network, "CPU", {**properties, **threads})
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise JobError(f"OpenVINO {openvino.__version__} does not load the network: {reason}") from error

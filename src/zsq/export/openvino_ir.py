@@ -8,10 +8,10 @@ from typing import Any
 
 from zsq.errors import UsageError, import_extra
 from zsq.export.engine import EngineFile
-from zsq.export.onnx import check_free, checked, metadata_of, require_packages
+from zsq.export.onnx import checked, metadata_of, require_packages
 from zsq.export.openvino import EXTRA, OpenVinoCheck, OpenVinoModel, check_in_openvino
 from zsq.export.targets import TARGETS, container_widths
-from zsq.run import Run, load_run, spec_from_json, write_atomic
+from zsq.run import Run, check_free, load_run, spec_from_json, write_atomic
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from torch import Tensor, fx, nn
 from zsq.errors import JobError
 from zsq.export.codes import stored_activation, stored_weight
 from zsq.export.integer import quantize_for_fusion
-from zsq.export.onnx import check_free, metadata_of
+from zsq.export.onnx import metadata_of
 from zsq.export.prepare import prepared
 from zsq.export.targets import Target
 from zsq.export.verify import NUM_IMAGES, OutputDifference, Reference, differences, run_in_chunks
 from zsq.graph.capture import quiet
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
-from zsq.run import Run, load_run, write_atomic
+from zsq.run import Run, check_free, load_run, write_atomic
 
 # It registers quantized_decomposed, the operators that ExecuTorch and inductor know quantizers by.
 OPERATORS = "torch.ao.quantization.fx._decomposed"

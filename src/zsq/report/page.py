@@ -19,7 +19,7 @@ from zsq.report.panels import Panel
 from zsq.report.placement import Step, placement
 from zsq.report.sections import SECTIONS
 from zsq.report.settings import Setting, settings_of
-from zsq.run import Run, load_run, write_atomic
+from zsq.run import Run, check_free, load_run, write_atomic
 
 EXTRA = "report"
 DAMAGE = (
@@ -67,11 +67,7 @@ def write_report(
     if not given:
         raise UsageError("A report needs at least one run folder.")
     file = Path(path)
-    if file.is_dir() or (file.exists() and not force):
-        raise UsageError(
-            f"{file} exists already; nothing was changed. Choose another --out"
-            + ("." if file.is_dir() else ", or give --force to replace it.")
-        )
+    check_free([file], force=force)
     jinja2: Any = import_extra("jinja2", EXTRA)
     loaded = [run if isinstance(run, Run) else load_run(run) for run in given]
     folders = [None if isinstance(run, Run) else Path(run) for run in given]
