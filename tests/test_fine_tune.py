@@ -320,9 +320,12 @@ def test_perturbed_images_are_moved_by_the_step_up_the_slope(monkeypatch: pytest
         return call(self, x, labels, maps=maps)
 
     monkeypatch.setattr(network_outputs.Observed, "__call__", spy)
-    result = tune(start("W3A3"), replace(TINY, epochs=1, perturbation=Perturbation(size=0.03)))
-    assert len(seen) == 4 * 4  # teacher and student, on images and moved ones
-    images_, again, moved, moved_again = seen[:4]
+    settings = replace(TINY, epochs=1, lr=1e-6, perturbation=Perturbation(size=0.03))
+    result = tune(start("W3A3"), settings)
+    assert (
+        len(seen) == 2 + 4 * 4 + 2
+    )  # of both networks on images and moved ones; the loss before and after
+    images_, again, moved, moved_again = seen[2:6]
     assert torch.equal(images_, again) and torch.equal(moved, moved_again)
     gap = (moved - images_).abs()
     assert float(gap.max()) == pytest.approx(0.03, rel=1e-3) and float((gap > 0.029).float().mean()) > 0.9
@@ -338,11 +341,12 @@ def test_the_teacher_runs_once_where_images_stay_the_same(monkeypatch: pytest.Mo
         return call(self, x, labels, maps=maps)
 
     monkeypatch.setattr(network_outputs.Observed, "__call__", spy)
-    tune(start(), replace(TINY, augment=False, maps=MapAlignment(), low_pass=LowPass()))
-    assert counts == [24, *[8] * 12]  # the teacher on all images, then the student alone
+    slow = replace(TINY, lr=1e-6)
+    tune(start(), replace(slow, augment=False, maps=MapAlignment(), low_pass=LowPass()))
+    assert counts == [24, *[8] * 16]  # the teacher on all images, then the student: 12 steps, 4 comparisons
     counts.clear()
-    tune(start(), TINY)
-    assert counts == [8] * 24
+    tune(start(), slow)
+    assert counts == [8] * 32
 
 
 def test_cached_and_fresh_teacher_outputs_agree() -> None:
@@ -382,6 +386,19 @@ def test_wrong_settings_and_divergence() -> None:
             make()
     with pytest.raises(JobError, match="diverged in epoch 1"):
         tune(start(), replace(TINY, lr=1e30))
+
+
+def test_an_epoch_that_makes_it_worse_is_undone() -> None:
+    """The rate falls to a third until it does not; what comes out is what that rate gives from the start."""
+    rates: list[float] = []
+    settings = replace(TINY, ranges="minmax", lr=0.1)
+    networks, slower = start("W3A3"), start("W3A3")
+    result = tune(networks, settings, log=lambda step, values: rates.append(values["lr"]))
+    assert result.lr_factor < 1 and result.last["loss"] < 2 * result.first["loss"]
+    assert rates[0] == 0.1 and rates[-1] == pytest.approx(0.1 * result.lr_factor)
+    if rates[-6] == rates[-1]:  # no epoch but the first was undone
+        again = tune(slower, replace(settings, lr=rates[-1]))
+        assert again.lr_factor == 1 and again.last == pytest.approx(result.last, rel=1e-6)
 
 
 class TwoHalves(Group):

@@ -24,17 +24,23 @@ from zsq.rng import rng_for
 PIECE = "fine-tuning"  # under which the state after the last finished epoch is kept
 GENERATOR = "generator/"  # before the names of a generator's tensors in it
 LOGS_AN_EPOCH = 2
+RETREAT = 1 / 3  # factor of the learning rate after an epoch that was undone
+MAX_RETREATS = 5  # of a run
 Finished = MutableMapping[str, dict[str, Tensor]]
 Log = Callable[[int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
 class FineTuningResult:
-    """Mean loss over the steps of the first and of the last epoch; "loss" is the sum of the other parts."""
+    """Mean loss over the steps of the first and of the last epoch; "loss" is the sum of the other parts.
+
+    `lr_factor` is what the learning rate was multiplied by, below 1 if epochs were undone.
+    """
 
     epochs: int
     first: dict[str, float]
     last: dict[str, float]
+    lr_factor: float = 1.0
 
 
 def decay_at(epoch: int, settings: FineTuning) -> float:
@@ -120,19 +126,37 @@ def fine_tune(
             nesterov=settings.momentum > 0,
             fused=True,
         )
-        history: list[dict[str, float]] = []
-        done = 0
-        if piece is not None:
-            load_trainee(trainee, optimizer, piece)
-            done = int(piece["epochs"])
-            history = [_numbers(piece, "first."), _numbers(piece, "last.")]
-            if generator is not None:
-                generator.load(_without(piece, GENERATOR))
         step = Step(own, shown, views, optimizer, settings, group)
+
+        def state() -> dict[str, Tensor]:
+            images_too = {} if generator is None else _prefixed(generator.state(), GENERATOR)
+            return {**trainee_state(trainee, optimizer), **images_too}
+
+        def go_back(to: dict[str, Tensor]) -> None:
+            load_trainee(trainee, optimizer, to)
+            if generator is not None:
+                generator.load(_without(to, GENERATOR))
+
+        history: list[dict[str, float]] = []
+        done, factor = 0, 1.0
+        if piece is not None:
+            go_back(piece)
+            done, factor = int(piece["epochs"]), float(piece["lr_factor"])
+            history = [_numbers(piece, "first."), _numbers(piece, "last.")]
+        good = state()
         if generator is None and done < settings.epochs:
             step.remember(images, labels)
-        for epoch in range(done, settings.epochs):
-            rng = rng_for(seed, PIECE, epoch)
+
+        def loss() -> float:
+            """On a minibatch that is always the same; nan where a generator makes them."""
+            if generator is not None:
+                return math.nan
+            rng = rng_for(seed, PIECE, "probe")
+            return step.loss(next(of_images(images, labels, settings.batch_size, rng)), rng)
+
+        began = loss() if piece is None else float(piece["began"])
+        while done < settings.epochs:
+            rng = rng_for(seed, PIECE, done)
             if generator is None:
                 batches = of_images(images, labels, settings.batch_size, rng)
             else:
@@ -142,34 +166,45 @@ def fine_tune(
                     settings.batch_size,
                     rng,
                     adaptability=None if settings.turns is None else settings.turns.adaptability,
-                    lr_factor=decay_at(epoch, settings),
+                    lr_factor=decay_at(done, settings),
                     group=group,
                 )
-            means = _epoch(step, batches, epoch, rng, log)
-            if not math.isfinite(means["loss"]):
-                raise JobError(
-                    f"Fine-tuning diverged in epoch {epoch + 1}: its loss is not finite. Lower "
-                    f"fine_tuning.lr (now {settings.lr:g})."
-                )
+            means = _epoch(step, batches, done, factor * lr_at(done, settings), rng, log)
+            ended = loss()
+            risen = ended - began > settings.undo_rise * abs(began)
+            if risen or not math.isfinite(means["loss"]):
+                factor *= RETREAT
+                if factor < 0.9 * RETREAT**MAX_RETREATS:
+                    raise JobError(
+                        f"Fine-tuning diverged in epoch {done + 1}: its mean loss was {means['loss']:.4g}, "
+                        f"and that of one minibatch {ended:.4g} after it and {began:.4g} before the first "
+                        f"epoch, also after the learning rate was lowered {MAX_RETREATS} times. Lower "
+                        f"fine_tuning.lr (now {settings.lr:g})."
+                    )
+                go_back(good)
+                continue
+            done += 1
             history = [*history[:1], means]
+            good = state()
             finished[PIECE] = {
-                **trainee_state(trainee, optimizer),
-                "epochs": torch.tensor(epoch + 1),
+                **good,
+                "epochs": torch.tensor(done),
+                "lr_factor": torch.tensor(factor, dtype=torch.float64),
+                "began": torch.tensor(began, dtype=torch.float64),
                 **_tensors(history[0], "first."),
                 **_tensors(means, "last."),
-                **({} if generator is None else _prefixed(generator.state(), GENERATOR)),
             }
     trainee.harden(student)
-    return FineTuningResult(settings.epochs, history[0], history[-1])
+    return FineTuningResult(settings.epochs, history[0], history[-1], factor)
 
 
 def _epoch(
-    step: Step, batches: Iterator[Minibatch], epoch: int, rng: torch.Generator, log: Log
+    step: Step, batches: Iterator[Minibatch], epoch: int, lr: float, rng: torch.Generator, log: Log
 ) -> dict[str, float]:
     """The steps of one epoch; mean loss by part."""
     settings = step.settings
     for parameters in step.optimizer.param_groups:
-        parameters["lr"] = lr_at(epoch, settings)
+        parameters["lr"] = lr
     interval = math.ceil(settings.iterations / LOGS_AN_EPOCH)
     totals: dict[str, Tensor] = {}
     for iteration in range(settings.iterations):
@@ -177,7 +212,7 @@ def _epoch(
             totals[name] = totals.get(name, 0.0) + value.double()
         if (iteration + 1) % interval == 0 or iteration + 1 == settings.iterations:
             means = step.means(totals, iteration + 1)
-            log(epoch * settings.iterations + iteration, {**means, "lr": lr_at(epoch, settings)})
+            log(epoch * settings.iterations + iteration, {**means, "lr": lr})
     return means
 
 

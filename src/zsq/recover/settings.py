@@ -186,6 +186,9 @@ class FineTuning:
         lr_decay: factor of `lr` after every `lr_decay_epochs` epochs.
         lr_decay_epochs: see `lr_decay`.
         lr_decays: how often it decays at most.
+        undo_rise: an epoch after which the loss is higher than before the first one, on the same minibatch
+            and by more than this share of it, is undone, and the rate is a third from there on; with
+            `turns`, where images change, only one whose loss is not finite.
         ranges: "kept": scales and zero points of the calibrated or reconstructed student. "minmax" (GDFQ and
             those built on it): of weights, lowest and highest value per output channel, anew in every step;
             of activations, a moving average of them over one pass, then fixed.
@@ -216,6 +219,7 @@ class FineTuning:
     lr_decay: float = 0.1
     lr_decay_epochs: int = 20
     lr_decays: int = 3
+    undo_rise: float = field(default=0.2, metadata={"described": "unless default"})
     ranges: Literal["kept", "minmax"] = "kept"
     range_momentum: float = 0.9
     augment: bool = True
@@ -241,6 +245,8 @@ class FineTuning:
                 raise UsageError(
                     f"fine_tuning.{name} is {getattr(self, name)}. Expected a number from 0 to below 1."
                 )
+        if not self.undo_rise >= 0:
+            raise UsageError(f"fine_tuning.undo_rise is {self.undo_rise}. Expected at least 0.")
         if not 0 < self.crop_scale <= 1:
             raise UsageError(f"fine_tuning.crop_scale is {self.crop_scale}. Expected above 0, at most 1.")
         if self.ranges not in ("kept", "minmax"):

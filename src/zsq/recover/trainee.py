@@ -120,6 +120,7 @@ def load_trainee(trainee: Trainee, optimizer: torch.optim.SGD, state: dict[str, 
     """Go back to what `trainee_state` returned."""
     for name, parameter in trainee.parameters().items():
         parameter.copy_(state[f"parameter.{name}"])
+        optimizer.state.pop(parameter, None)
         if f"momentum.{name}" in state:
             momentum = torch.empty_like(parameter).copy_(state[f"momentum.{name}"])
             optimizer.state[parameter]["momentum_buffer"] = momentum

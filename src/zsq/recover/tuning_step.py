@@ -91,23 +91,11 @@ class Step:
 
         "loss" is the sum of those of the student; parts of the generator that made the images are besides.
         """
-        count, group = len(batch.labels), self.group
-        if count >= group.size:
-            mine = group.share(count)
-            share = (mine.stop - mine.start) / count
-        else:  # all do the same
-            mine, share = slice(0, count), 1 / group.size
-        labels, index = batch.labels[mine], None if batch.index is None else batch.index[mine]
-        images = self.views(batch.images, rng, Rows(mine.start, mine.stop, count))
+        images, labels, known, share = self._shown(batch, rng)
         perturbation = self.settings.perturbation
         self.optimizer.zero_grad()
         if perturbation is not None:
             images.requires_grad_()
-        known = None
-        if self.cache is not None and index is not None:
-            known = self.cache.rows(index)
-        elif self.logits_do and batch.logits is not None:
-            known = Outputs(batch.logits[mine], None, ())
         parts = self._parts(images, labels, known, maps=True)
         loss = torch.stack(list(parts.values())).sum() * share
         loss.backward(inputs=[*self.parameters, images] if perturbation is not None else self.parameters)
@@ -120,8 +108,35 @@ class Step:
         self.group.add([p.grad for p in self.parameters if p.grad is not None])
         self.optimizer.step()
         parts = {name: part.detach() * share for name, part in parts.items()}
-        generator = {f"generator_{name}": part / group.size for name, part in batch.parts.items()}
+        generator = {f"generator_{name}": part / self.group.size for name, part in batch.parts.items()}
         return {"loss": torch.stack(list(parts.values())).sum(), **parts, **generator}
+
+    def loss(self, batch: Minibatch, rng: torch.Generator) -> float:
+        """The loss of a minibatch, without that of images moved up its slope; waits for the device."""
+        images, labels, known, share = self._shown(batch, rng)
+        parts = self._parts(images, labels, known, maps=True)
+        total = torch.stack(list(parts.values())).detach().double().sum() * share
+        return self.means({"loss": total}, 1)["loss"]
+
+    def _shown(self, batch: Minibatch, rng: torch.Generator) -> tuple[Tensor, Tensor, Outputs | None, float]:
+        """This process's part of a minibatch.
+
+        Its images as drawn, their labels, what is known of the teacher's outputs, and what share of it it is.
+        """
+        count, group = len(batch.labels), self.group
+        if count >= group.size:
+            mine = group.share(count)
+            share = (mine.stop - mine.start) / count
+        else:  # all do the same
+            mine, share = slice(0, count), 1 / group.size
+        labels, index = batch.labels[mine], None if batch.index is None else batch.index[mine]
+        images = self.views(batch.images, rng, Rows(mine.start, mine.stop, count))
+        known = None
+        if self.cache is not None and index is not None:
+            known = self.cache.rows(index)
+        elif self.logits_do and batch.logits is not None:
+            known = Outputs(batch.logits[mine], None, ())
+        return images, labels, known, share
 
     def means(self, totals: dict[str, Tensor], steps: int) -> dict[str, float]:
         """Means over steps and processes of sums of what the steps returned; waits for the device."""
