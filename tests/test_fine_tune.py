@@ -322,9 +322,7 @@ def test_perturbed_images_are_moved_by_the_step_up_the_slope(monkeypatch: pytest
     monkeypatch.setattr(network_outputs.Observed, "__call__", spy)
     settings = replace(TINY, epochs=1, lr=1e-6, perturbation=Perturbation(size=0.03))
     result = tune(start("W3A3"), settings)
-    assert (
-        len(seen) == 2 + 4 * 4 + 2
-    )  # of both networks on images and moved ones; the loss before and after
+    assert len(seen) == 2 + 4 * 4 + 2  # of both networks on images and moved ones; the loss before and after
     images_, again, moved, moved_again = seen[2:6]
     assert torch.equal(images_, again) and torch.equal(moved, moved_again)
     gap = (moved - images_).abs()
