@@ -253,6 +253,7 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
         assert scaled.synthesis.num_images == min(num_images, recipe.synthesis.num_images)
         assert isinstance(scaled.synthesis, PixelSynthesis)
         assert scaled.synthesis.steps == min(synthesis_steps, recipe.synthesis.steps)
+        assert scaled.synthesis.cosine is not None and scaled.synthesis.lr <= recipe.synthesis.lr
         assert large.synthesis.num_images == COUNTS[budget, True][0]
     else:  # filters leave as many
         assert _left(scaled) == num_images and _left(large) == COUNTS[budget, True][0]
