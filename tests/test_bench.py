@@ -464,7 +464,7 @@ def test_files_of_this_repository_are_well_formed() -> None:
     found = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.toml"))
     benches = {path.stem: read_bench(path) for path in found}
     others = {"engine", "genie", "gradient_cover", "psaq_vit", "quick", "sadag", "sadag_ablation", "w8a8"}
-    assert benches.keys() == others | {"synq_parts", "uniform"}
+    assert benches.keys() == others | {"mixing", "synq_parts", "uniform"}
     for name, bench in benches.items():
         assert bench.name == name and bench.networks and bench.recipes
         for network in bench.networks:

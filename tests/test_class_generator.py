@@ -12,8 +12,10 @@ from tiny_networks import message
 from torch import Tensor, fx
 
 from zsq.distributed import Group
+from zsq.errors import UsageError
 from zsq.graph.capture import capture
 from zsq.images.class_generator import ClassGenerator
+from zsq.images.class_losses import SecondClass
 from zsq.images.forward import observe
 from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.generator_training import GeneratorTraining, warm_up
@@ -59,6 +61,37 @@ def test_sizes_scale_and_class(condition: Any, size: tuple[int, int, int]) -> No
             table.normal_(generator=rng_for(2))
     assert not torch.allclose(generator(latents, labels), generator(latents, (labels + 1) % 4))
     assert torch.equal(generator(latents, labels), generator(latents, labels))
+
+
+@pytest.mark.parametrize("condition", ["input", "norms"])
+def test_two_classes_are_mixed(condition: Any) -> None:
+    """Half of each is the same in either order; at a vanishing share the image is of the first alone."""
+    generator = ClassGenerator(SIZE, 4, latent_size=6, condition=condition, rng=rng_for(0))
+    with torch.no_grad():
+        for table in (*generator.scales, *generator.shifts) if condition == "norms" else ():
+            table.normal_(generator=rng_for(2))
+    latents, labels = torch.randn(9, 6, generator=rng_for(1)), torch.arange(9) % 4
+    others = (labels + 1) % 4
+
+    def images(first: Tensor, second: Tensor, share: float) -> Tensor:
+        return generator(latents, first, SecondClass(second, share))  # type: ignore[no-any-return]
+
+    assert torch.allclose(images(labels, others, 0.5), images(others, labels, 0.5), atol=1e-5)
+    assert torch.allclose(images(labels, others, 1e-9), generator(latents, labels), atol=1e-4)
+    assert not torch.allclose(images(labels, others, 0.5), generator(latents, labels), atol=1e-2)
+
+
+def test_training_on_two_classes_lowers_their_divergence(sharp: fx.GraphModule) -> None:
+    settings = replace(
+        TINY, steps=80, batch_size=30, lr=1e-2, bn=StatisticsMatch(weight=0.01), second_share=0.4
+    )
+    training, parts = begun(sharp, settings, (3, 8, 8)), []
+    warm_up(training, rng_for(1), lambda _, values: parts.append(values["class"]))
+    assert sum(parts[-4:]) < 0.7 * sum(parts[:4])
+    images, labels = training.draw(20, rng_for(2))
+    assert images.shape == (20, 3, 8, 8) and labels.shape == (20,)
+    with pytest.raises(UsageError, match=r"second_share is 0.4.*centres=none"):
+        replace(settings, centres=Centres())
 
 
 @pytest.mark.parametrize("condition", ["input", "norms"])

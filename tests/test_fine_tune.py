@@ -322,8 +322,8 @@ def test_perturbed_images_are_moved_by_the_step_up_the_slope(monkeypatch: pytest
     monkeypatch.setattr(network_outputs.Observed, "__call__", spy)
     settings = replace(TINY, epochs=1, lr=1e-6, perturbation=Perturbation(size=0.03))
     result = tune(start("W3A3"), settings)
-    assert len(seen) == 2 + 4 * 4 + 2  # of both networks on images and moved ones; the loss before and after
-    images_, again, moved, moved_again = seen[2:6]
+    assert len(seen) == 8 + 4 * 4 + 8  # of both networks on images and moved ones; the loss before and after
+    images_, again, moved, moved_again = seen[8:12]
     assert torch.equal(images_, again) and torch.equal(moved, moved_again)
     gap = (moved - images_).abs()
     assert float(gap.max()) == pytest.approx(0.03, rel=1e-3) and float((gap > 0.029).float().mean()) > 0.9
@@ -341,10 +341,10 @@ def test_the_teacher_runs_once_where_images_stay_the_same(monkeypatch: pytest.Mo
     monkeypatch.setattr(network_outputs.Observed, "__call__", spy)
     slow = replace(TINY, lr=1e-6)
     tune(start(), replace(slow, augment=False, maps=MapAlignment(), low_pass=LowPass()))
-    assert counts == [24, *[8] * 16]  # the teacher on all images, then the student: 12 steps, 4 comparisons
+    assert counts == [24, *[8] * (12 + 4 * 4)]  # the teacher once, then the student: steps and comparisons
     counts.clear()
     tune(start(), slow)
-    assert counts == [8] * 32
+    assert counts == [8] * 56
 
 
 def test_cached_and_fresh_teacher_outputs_agree() -> None:

@@ -69,7 +69,7 @@ def test_killed_and_continued_the_same_bits(model: Teacher, tmp_path: Path) -> N
     undisturbed: list[Progress] = []
     run = tiny(model, out=tmp_path / "whole", progress=undisturbed.append)
     steps = [event.done for event in undisturbed if event.stage == "fine-tune"]
-    assert run.record["results"]["fine_tuning"]["lr_factor"] < 1 and steps[-4:] == [3, 4, 5, 6]
+    assert run.record["results"]["fine_tuning"]["lr_factor"] < 1 and len(steps) > 6
     whole = {name: (tmp_path / "whole" / name).read_bytes() for name in ("student.safetensors", "run.json")}
     for at in (1, 3, 4, 6):  # within the first epoch, at the end of one, within the last, at its end
 
@@ -88,7 +88,7 @@ def test_killed_and_continued_the_same_bits(model: Teacher, tmp_path: Path) -> N
         ]
         assert results[0] == results[1]
         done = [event.done for event in events if event.stage == "fine-tune" and not event.resumed]
-        assert done == (steps if at == 1 else steps[(at - 1) // 2 * 2 - 6 :])
+        assert done == steps[-len(done) :] and done[0] == (at - 1) // 2 * 2 + 1
 
 
 def test_after_a_reconstruction(model: Teacher) -> None:

@@ -10,11 +10,13 @@ from torch import fx, nn
 from zsq.errors import UsageError
 from zsq.graph.capture import capture
 from zsq.images.class_losses import (
+    SecondClass,
     balanced_labels,
     class_distance_loss,
     hard_sample_loss,
     number_of_classes,
     probability_loss,
+    second_labels,
     soft_targets,
 )
 
@@ -30,6 +32,31 @@ def test_hard_samples_by_hand(hardness: float) -> None:
     # (1 - 0.7)^g * -log 0.7 and (1 - 0.25)^g * -log 0.25, halved
     expected = (0.3**hardness * -math.log(0.7) + 0.75**hardness * -math.log(0.25)) / 2
     assert float(hard_sample_loss(p.log(), labels, hardness)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("hardness", [0.0, 2.0])
+def test_two_classes_by_hand(hardness: float) -> None:
+    p = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.2, 0.3]], dtype=torch.float64)
+    second = SecondClass(torch.tensor([1, 0]), 0.25)
+    # (1 - 0.6 - 0.3)^g (3/4 log(3/4 / 0.6) + 1/4 log(1/4 / 0.3)), and with 0.3 of label 2 and 0.5 of label 0
+    first = 0.1**hardness * (0.75 * math.log(0.75 / 0.6) + 0.25 * math.log(0.25 / 0.3))
+    other = 0.2**hardness * (0.75 * math.log(0.75 / 0.3) + 0.25 * math.log(0.25 / 0.5))
+    loss = hard_sample_loss(p.log(), torch.tensor([0, 2]), hardness, second)
+    assert float(loss) == pytest.approx((first + other) / 2, rel=1e-5)
+    met = torch.tensor([[0.75, 0.25, 0.0]]).log().nan_to_num(neginf=-50.0)
+    assert float(hard_sample_loss(met, torch.tensor([0]), 0.0, SecondClass(torch.tensor([1]), 0.25))) < 1e-6
+
+
+@pytest.mark.parametrize(("num_images", "num_classes"), [(30, 10), (7, 10), (12, 3)])
+def test_second_labels_are_others_and_balanced(num_images: int, num_classes: int) -> None:
+    labels = balanced_labels(num_images, num_classes, rng())
+    second = second_labels(labels, num_classes, rng(1))
+    assert bool((second != labels).all()) and bool((second < num_classes).all())
+    counts = second.bincount(minlength=num_classes)
+    assert int(counts.max()) - int(counts.min()) <= 1
+    assert torch.equal(second, second_labels(labels, num_classes, rng(1)))
+    with pytest.raises(UsageError, match="at least 3"):
+        second_labels(torch.tensor([0, 1]), 2, rng())
 
 
 def test_hardness_zero_is_cross_entropy() -> None:

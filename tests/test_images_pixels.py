@@ -53,6 +53,7 @@ FORMS = {
         ),
     ),
     "centres": replace(GUIDED, centres=Centres(steps=3)),
+    "two classes": replace(GUIDED, classes=ClassGuide(weight=10.0, hardness=2.0, second_share=0.5)),
     "bfloat16": replace(GUIDED, precision="bfloat16", limit=3.0),
 }
 
@@ -92,7 +93,7 @@ def test_statistics_and_classes_are_met(residual: fx.GraphModule) -> None:
     assert float(distance(observer(images))) < float(distance(observer(start))) / 5
 
 
-@pytest.mark.parametrize("form", ["zeroq", "intraq", "centres"])
+@pytest.mark.parametrize("form", ["zeroq", "intraq", "centres", "two classes"])
 def test_batches_in_any_order(form: str, residual: fx.GraphModule) -> None:
     settings = replace(FORMS[form], num_images=17, batch_size=5)
     whole: Pieces = {}
@@ -233,6 +234,10 @@ def test_errors(residual: fx.GraphModule) -> None:
         Crops(smallest=0.0)
     with pytest.raises(UsageError, match="distance_min is 0.9"):
         ClassGuide(distance_min=0.9, distance_max=0.1)
+    with pytest.raises(UsageError, match="second_share is 0.7"):
+        ClassGuide(second_share=0.7)
+    with pytest.raises(UsageError, match="goes with the cross-entropy"):
+        ClassGuide(second_share=0.5, loss="probability")
     with pytest.raises(UsageError, match="synthesis.centres.steps"):
         Centres(steps=0)
 

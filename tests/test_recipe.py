@@ -307,6 +307,17 @@ def _left(recipe: Recipe) -> int:
     return count
 
 
+def test_stages_that_are_put_in_have_the_counts_of_the_budget() -> None:
+    """Also before settings of theirs, which hold in any order."""
+    overrides = {"fine_tuning.lr": 1e-3, "reconstruction": "on", "fine_tuning": "on"}
+    recipe = compose_recipe("dfq", budget="quick", overrides={k: overrides[k] for k in sorted(overrides)})
+    assert recipe.reconstruction is not None and recipe.fine_tuning is not None
+    assert recipe.reconstruction.steps == COUNTS["quick", False][2]
+    tuning = recipe.fine_tuning
+    assert (tuning.epochs, tuning.iterations, tuning.batch_size) == FINE_TUNING_COUNTS["quick", False]
+    assert tuning.lr == 1e-3
+
+
 def test_budgets_grow() -> None:
     for large in (False, True):
         quick, standard = COUNTS["quick", large], COUNTS["standard", large]

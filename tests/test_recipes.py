@@ -140,6 +140,7 @@ def test_fine_tuning_lowers_its_loss(name: str, model: Teacher) -> None:
     recipe = shrunk(RECIPES[name])
     assert recipe.fine_tuning is not None
     tuning = replace(recipe.fine_tuning, epochs=12, iterations=3, batch_size=10, augment=False, lr=1e-4)
+    tuning = replace(tuning, undo_rise=1e9)  # it rises at first, on so few images
     found = run(model, replace(recipe, fine_tuning=tuning), bits="W3A3").record["results"]["fine_tuning"]
     assert found["epochs"] == 12 and found["last"]["loss"] < 0.9 * found["first"]["loss"]
 

@@ -191,6 +191,10 @@ def test_wrong_calls_are_refused_before_anything_is_written(model: Teacher, tmp_
     for options, text in (
         ({"recipe": "synq", "overrides": {"fine_tuning.turns": "on"}}, "trains the generator of the images"),
         ({"overrides": {"low_pass": "on"}}, "fine_tuning.low_pass=on"),
+        (
+            {"recipe": "adadfq", "overrides": {"synthesis.second_share": 0.5}},
+            "fine_tuning.turns.adaptability asks for images of one class",
+        ),
         ({"overrides": {"fine_tuning.turns.adaptability.lowest": 0.9}}, "adaptability.lowest is 0.9"),
         ({"overrides": {"fine_tuning.mixup": "on", "fine_tuning.mixup.smallest": 0.2}}, "mixup.smallest"),
     ):

@@ -78,6 +78,8 @@ def compose_recipe(
 ) -> Recipe:
     """A recipe by name with bits, budget (for models of `input_size`) and single settings replaced in turn.
 
+    Stages that are put in by "on" have the counts of the budget too.
+
     Raises:
         UsageError: an unknown name, bits, ends, placement, budget or setting.
     """
@@ -90,7 +92,10 @@ def compose_recipe(
             placement=scheme.placement if placement is None else placement,
         )
         found = replace(found, scheme=replace(given, softmax=scheme.softmax))
-    return with_overrides(with_budget(found, budget, input_size=input_size), overrides or {})
+    overrides = overrides or {}
+    stages = {name: value for name, value in overrides.items() if value == "on" and "." not in name}
+    found = with_budget(with_overrides(found, stages), budget, input_size=input_size)
+    return with_overrides(found, overrides)
 
 
 def quantize(

@@ -41,6 +41,13 @@ def _check_turns(settings: Recipe) -> None:
             f"images of the kind {type(settings.synthesis).__name__}. Take a recipe with a generator of "
             "classes (gdfq), or give --set fine_tuning.turns=none."
         )
+    assert settings.fine_tuning is not None and settings.fine_tuning.turns is not None
+    share = settings.synthesis.second_share
+    if share > 0 and settings.fine_tuning.turns.adaptability is not None:
+        raise UsageError(
+            f"synthesis.second_share is {share}, but fine_tuning.turns.adaptability asks for images of one "
+            "class. Give --set fine_tuning.turns.adaptability=none, or --set synthesis.second_share=0."
+        )
     if settings.low_pass is not None:
         raise UsageError(
             "low_pass filters the images once, before anything is learned on them; with fine_tuning.turns "

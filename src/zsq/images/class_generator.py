@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zsq.images.class_losses import SecondClass
 from zsq.images.sources import CHANNELS_LAST, EPS, LEAK, centre_crop, normalise, uniform, upsample_conv
 
 WIDTHS = (128, 128, 64)  # channels after the linear layer and after each upsampling
@@ -63,22 +64,28 @@ class ClassGenerator(nn.Module):
         self.scales = nn.ParameterList(torch.ones(*rows, width) for width in WIDTHS)
         self.shifts = nn.ParameterList(torch.zeros(*rows, width) for width in WIDTHS)
 
-    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
-        """Latents (N, latent_size), labels (N,) int64 -> images (N, C, H, W), float32 also under autocast."""
+    def forward(self, latents: Tensor, labels: Tensor, second: SecondClass | None = None) -> Tensor:
+        """Latents (N, latent_size), labels (N,) int64 -> images (N, C, H, W), float32 also under autocast.
+
+        With a second class, what is learned of the class is that of both in their shares.
+        """
+
+        def of_class(table: Tensor) -> Tensor:
+            return table[labels] if second is None else second.mixed(table, labels)
+
         if self.by_input:
-            latents = latents * self.classes[labels]
+            latents = latents * of_class(self.classes)
         x = F.linear(latents, self.linear_weight, self.linear_bias).view(-1, *self.start)
-        x = self._norm(x.contiguous(memory_format=CHANNELS_LAST), 0, labels)
+        x = self._norm(x.contiguous(memory_format=CHANNELS_LAST), 0, of_class)
         for index in (0, 1):
             x = upsample_conv(x, self.weights[index], self.biases[index])
-            x = F.leaky_relu(self._norm(x, index + 1, labels), LEAK)
+            x = F.leaky_relu(self._norm(x, index + 1, of_class), LEAK)
         x = F.conv2d(x, self.weights[2], self.biases[2], padding=1)
         height, width = self.size
         return normalise(centre_crop(x, height, width).float().tanh())
 
-    def _norm(self, x: Tensor, index: int, labels: Tensor) -> Tensor:
+    def _norm(self, x: Tensor, index: int, of_class: Callable[[Tensor], Tensor]) -> Tensor:
         scale, shift, eps = self.scales[index], self.shifts[index], NORM_EPS[index]
         if self.by_input:
             return normalise(x, scale, shift, eps=eps)
-        of_class: Callable[[Tensor], Tensor] = lambda table: table[labels][:, :, None, None]  # noqa: E731
-        return normalise(x, eps=eps) * of_class(scale) + of_class(shift)
+        return normalise(x, eps=eps) * of_class(scale)[:, :, None, None] + of_class(shift)[:, :, None, None]

@@ -1,5 +1,6 @@
 """Losses of images that are to be of a class: functions of logits, labels and features."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +46,51 @@ def balanced_labels(num_images: int, num_classes: int, rng: torch.Generator) -> 
     return order.repeat(-(-num_images // num_classes))[:num_images]
 
 
-def hard_sample_loss(logits: Tensor, labels: Tensor, hardness: float) -> Tensor:
+@dataclass(frozen=True)
+class SecondClass:
+    """Of each image.
+
+    Attributes:
+        labels: (N,), int64, none of them that of the image's first class.
+        share: probability that it is to have; the first has the rest.
+    """
+
+    labels: Tensor
+    share: float
+
+    def mixed(self, table: Tensor, labels: Tensor) -> Tensor:
+        """Rows of a table, (K, ...), of the first classes `labels` and the second ones, in their shares."""
+        return (1 - self.share) * table[labels] + self.share * table[self.labels]
+
+
+def second_labels(labels: Tensor, num_classes: int, rng: torch.Generator) -> Tensor:
+    """A second class for each image of (N,) `balanced_labels`: as balanced, and never the first.
+
+    Args:
+        labels: (N,), int64, on the CPU.
+        num_classes: K.
+        rng: on the CPU; draws how far the second class is from the first, for every K images.
+
+    Raises:
+        UsageError: fewer than three classes, of which two would leave none that an image is not.
+    """
+    if num_classes < 3:
+        raise UsageError(
+            f"second_share asks for images of two classes, which need a model with at least 3; this one has "
+            f"{num_classes}. Give second_share=0."
+        )
+    rounds = -(-len(labels) // num_classes)
+    distance = torch.randint(1, num_classes, (rounds,), generator=rng).repeat_interleave(num_classes)
+    return (labels + distance[: len(labels)]) % num_classes
+
+
+def hard_sample_loss(
+    logits: Tensor, labels: Tensor, hardness: float, second: SecondClass | None = None
+) -> Tensor:
     """Cross-entropy that counts an image by (1 - p)^g: mean over images of (1 - p)^g (-log p).
+
+    With a second class of share s, -log p is the divergence of the class probabilities from (1 - s, s), and
+    in the factor p is the probability of both.
 
     The factor is part of what is differentiated. log(1 - p) comes from the logits of the other classes, so
     that the loss and its gradient are finite for every p; for p near 1 both go to 0.
@@ -55,6 +99,7 @@ def hard_sample_loss(logits: Tensor, labels: Tensor, hardness: float) -> Tensor:
         logits: (N, K), K >= 2.
         labels: (N,), int64; p is the softmax's probability of them.
         hardness: g >= 0; 0 is the plain cross-entropy.
+        second: None: images are of one class.
 
     Returns:
         Scalar >= 0, float32, nats.
@@ -65,6 +110,11 @@ def hard_sample_loss(logits: Tensor, labels: Tensor, hardness: float) -> Tensor:
     total = logits.logsumexp(1)
     own = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], True)
     entropy = total - logits.gather(1, labels[:, None]).squeeze(1)
+    if second is not None:
+        own = own.scatter_(1, second.labels[:, None], True)
+        s = second.share
+        of_second = total - logits.gather(1, second.labels[:, None]).squeeze(1)
+        entropy = (1 - s) * entropy + s * of_second + (1 - s) * math.log(1 - s) + s * math.log(s)
     if hardness == 0:
         return entropy.mean()
     log_others = logits.masked_fill(own, -torch.inf).logsumexp(1) - total
@@ -146,19 +196,21 @@ class ClassLosses:
         labels: (N,), int64.
         targets: (N,), of `probability_loss`.
         num_classes: K.
+        second: None: images are of one class.
     """
 
     settings: ClassGuide
     labels: Tensor
     targets: Tensor
     num_classes: int
+    second: SecondClass | None = None
 
     def __call__(self, forward: ForwardPass) -> dict[str, Tensor]:
         """Weighted losses, by name, of a pass with logits (and embedding, where a distance has a weight)."""
         settings, logits = self.settings, forward.logits
         assert logits is not None
         if settings.loss == "cross_entropy":
-            own = hard_sample_loss(logits, self.labels, settings.hardness)
+            own = hard_sample_loss(logits, self.labels, settings.hardness, self.second)
         else:
             own = probability_loss(logits, self.labels, self.targets)
         losses = {"class": settings.weight * own}

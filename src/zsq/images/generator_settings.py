@@ -5,7 +5,7 @@ from typing import Literal
 
 from zsq.errors import UsageError
 from zsq.images.pixel_settings import Centres, StatisticsMatch
-from zsq.images.settings import at_least, one_of
+from zsq.images.settings import at_least, one_of, share_of_second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class GeneratorSynthesis:
         lr: Adam.
         beta1: of it.
         class_weight: factor of the cross-entropy of the class.
+        second_share: as in `ClassGuide`; what the generator learns of the class is mixed in the same shares.
         precision: of convolutions and matrix products; statistics and parameters are always float32. A
             student in turns that sees the images as they are learns from the logits of this pass.
         bn: match of the BatchNorm statistics.
@@ -42,6 +43,7 @@ class GeneratorSynthesis:
         default_factory=lambda: StatisticsMatch(weight=0.1, spread="variance", layers="mean")
     )
     centres: Centres | None = None
+    second_share: float = field(default=0.0, metadata={"described": "unless default"})
 
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size"):
@@ -54,6 +56,12 @@ class GeneratorSynthesis:
         at_least(0, "synthesis", self, ("lr", "class_weight"))
         if not 0 <= self.beta1 < 1:
             raise UsageError(f"synthesis.beta1 is {self.beta1}. Expected a number from 0 to below 1.")
+        share_of_second("synthesis.second_share", self.second_share)
+        if self.second_share > 0 and self.centres is not None:
+            raise UsageError(
+                f"synthesis.second_share is {self.second_share}, and synthesis.centres holds an image to one "
+                "image of one class. Give synthesis.centres=none, or synthesis.second_share=0."
+            )
         one_of("synthesis.condition", self.condition, ("input", "norms"))
         one_of("synthesis.precision", self.precision, ("float32", "bfloat16"))
         if self.bn.slack > 0:

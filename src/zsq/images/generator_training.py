@@ -5,13 +5,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from zsq.distributed import ALONE, Group
 from zsq.graph.tensors import device_of
 from zsq.images.class_generator import ClassGenerator
-from zsq.images.class_losses import balanced_labels, number_of_classes
+from zsq.images.class_losses import (
+    SecondClass,
+    balanced_labels,
+    hard_sample_loss,
+    number_of_classes,
+    second_labels,
+)
 from zsq.images.forward import observe
 from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.pixel_objective import Targets
@@ -119,14 +124,18 @@ class GeneratorTraining:
         """
         latents = torch.randn(num_images, self.settings.latent_size, generator=rng).to(self.device)
         labels = torch.randint(self.num_classes, (num_images,), generator=rng).to(self.device)
+        second = None
+        if self.settings.second_share > 0:
+            distance = torch.randint(1, self.num_classes, (num_images,), generator=rng).to(self.device)
+            second = SecondClass((labels + distance) % self.num_classes, self.settings.second_share)
         with self._reduced:
-            images = self._images(latents, labels)
+            images = self._images(latents, labels, second)
             forward = self._observer(images)
         assert forward.logits is not None
         logits = forward.logits.float()
         parts = {"bn": self.settings.bn.weight * self._distance(forward)}
         if class_loss is None:
-            parts["class"] = self.settings.class_weight * F.cross_entropy(logits, labels)
+            parts["class"] = self.settings.class_weight * hard_sample_loss(logits, labels, 0.0, second)
         else:
             parts |= class_loss(images, logits, labels)
         if self._centres is not None:
@@ -150,11 +159,15 @@ class GeneratorTraining:
         """Images (N, C, H, W) and labels (N,), int64, of all classes equally often; both on the device."""
         labels = balanced_labels(num_images, self.num_classes, rng)
         latents = torch.randn(num_images, self.settings.latent_size, generator=rng)
+        share = self.settings.second_share
+        seconds = second_labels(labels, self.num_classes, rng) if share > 0 else labels
         sizes = batch_sizes(num_images, self.settings.batch_size)
         images = []
-        for z, y in zip(latents.split(sizes), labels.split(sizes), strict=True):
+        for z, y, other in zip(
+            *(t.to(self.device).split(sizes) for t in (latents, labels, seconds)), strict=True
+        ):
             with self._reduced:
-                images.append(self._images(z.to(self.device), y.to(self.device)))
+                images.append(self._images(z, y, SecondClass(other, share) if share > 0 else None))
         joined = torch.cat(images).contiguous()
         advice = f"Lower synthesis.lr (now {self.settings.lr:g}) or take synthesis.precision=float32."
         check_finite(joined, "generator", advice)
@@ -178,8 +191,8 @@ class GeneratorTraining:
             if kept:
                 self._optimizer.state[parameter] = {key: t.clone().to(self.device) for key, t in kept.items()}
 
-    def _images(self, latents: Tensor, labels: Tensor) -> Tensor:
-        images = self._prior.apply(self.generator(latents, labels))
+    def _images(self, latents: Tensor, labels: Tensor, second: SecondClass | None) -> Tensor:
+        images = self._prior.apply(self.generator(latents, labels, second))
         return images.contiguous(memory_format=torch.channels_last)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from zsq.graph.tensors import device_of
-from zsq.images.class_losses import ClassLosses, number_of_classes, soft_targets
+from zsq.images.class_losses import ClassLosses, SecondClass, number_of_classes, soft_targets
 from zsq.images.forward import ForwardPass, Observer, observe
 from zsq.images.look_settings import PatchSimilarity
 from zsq.images.looks import disagreement, patch_cosines, similarity_entropy, variation
@@ -27,6 +27,7 @@ def pixel_objective(
     shape: tuple[int, ...],
     *,
     labels: Tensor | None,
+    second: Tensor | None = None,
     targets: Targets | None,
     rng: torch.Generator,
     prior: InputPrior,
@@ -58,7 +59,8 @@ def pixel_objective(
         soft = soft_targets(shape[0], share=classes.soft_share, lowest=classes.soft_lowest, rng=rng)
         views = 2 if agreement > 0 else 1
         asked = (labels.to(device).repeat(views), soft.to(device).repeat(views))
-        parts.append(ClassLosses(classes, *asked, number_of_classes(teacher)))
+        both = None if second is None else SecondClass(second.to(device).repeat(views), classes.second_share)
+        parts.append(ClassLosses(classes, *asked, number_of_classes(teacher), both))
     if settings.bn is not None:
         slack = _slack(observer, settings.bn, shape, rng, device, prior)
         parts.insert(0, _weighted("bn", settings.bn.weight, StatisticsDistance(settings.bn, slack)))

@@ -5,7 +5,7 @@ from typing import Literal
 
 from zsq.errors import UsageError
 from zsq.images.look_settings import Cosine, PatchSimilarity, Smoothness, Views
-from zsq.images.settings import Synthesis, at_least, one_of, plateau_factor
+from zsq.images.settings import Synthesis, at_least, one_of, plateau_factor, share_of_second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,9 @@ class ClassGuide:
         distance_weight: factor of the distance constraint; 0 leaves it out.
         distance_min, distance_max: where the cosine distance between an image's last features and the mean of
             those of the other images of its class costs nothing.
+        second_share: probability that the teacher is to give to a second class of each image, which differs
+            from its first; the first has the rest and stays its label. 0: one class an image. With the
+            cross-entropy alone.
     """
 
     loss: Literal["cross_entropy", "probability"] = "cross_entropy"
@@ -73,6 +76,7 @@ class ClassGuide:
     distance_weight: float = 0.0
     distance_min: float = 0.0
     distance_max: float = 2.0
+    second_share: float = field(default=0.0, metadata={"described": "unless default"})
 
     def __post_init__(self) -> None:
         one_of("synthesis.classes.loss", self.loss, ("cross_entropy", "probability"))
@@ -84,6 +88,12 @@ class ClassGuide:
             raise UsageError(
                 f"synthesis.classes.distance_min is {self.distance_min} and synthesis.classes.distance_max "
                 f"{self.distance_max}. Expected cosine distances, 0 <= distance_min <= distance_max <= 2."
+            )
+        share_of_second("synthesis.classes.second_share", self.second_share)
+        if self.second_share > 0 and self.loss != "cross_entropy":
+            raise UsageError(
+                f"synthesis.classes.second_share is {self.second_share}, which goes with the cross-entropy, "
+                f"but synthesis.classes.loss is {self.loss!r}. Give synthesis.classes.loss=cross_entropy too."
             )
 
 

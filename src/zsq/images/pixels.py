@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from zsq.distributed import ALONE, Group, spread
 from zsq.graph.tensors import device_of
-from zsq.images.class_losses import balanced_labels, number_of_classes
+from zsq.images.class_losses import balanced_labels, number_of_classes, second_labels
 from zsq.images.crops import crop, draw_crops
 from zsq.images.forward import observe
 from zsq.images.looks import moved
@@ -65,6 +65,8 @@ def synthesize_pixels(
     labels = labels_for(teacher, settings, seed)
     sizes = batch_sizes(settings.num_images, settings.batch_size)
     parts = [None] * len(sizes) if labels is None else labels.split(sizes)
+    second = _second_for(teacher, settings, labels, seed)
+    seconds = [None] * len(sizes) if second is None else second.split(sizes)
     advice = room_advice(settings)
     targets: Targets | None = None
     if settings.centres is not None and any(name not in finished for name in names):
@@ -89,6 +91,7 @@ def synthesize_pixels(
                 input_size,
                 sizes[index],
                 labels=parts[index],
+                second=seconds[index],
                 targets=targets,
                 rng=rng_for(seed, "pixels", index),
                 log=partial(log_batch, log, names[index], settings.steps),
@@ -111,6 +114,14 @@ def labels_for(teacher: fx.GraphModule, settings: PixelSynthesis, seed: int) -> 
     if settings.classes is None:
         return None
     return balanced_labels(settings.num_images, number_of_classes(teacher), rng_for(seed, "labels"))
+
+
+def _second_for(
+    teacher: fx.GraphModule, settings: PixelSynthesis, labels: Tensor | None, seed: int
+) -> Tensor | None:
+    if labels is None or settings.classes is None or settings.classes.second_share == 0:
+        return None
+    return second_labels(labels, number_of_classes(teacher), rng_for(seed, "second labels"))
 
 
 def centre_names(num_classes: int, settings: PixelSynthesis) -> list[str]:
@@ -185,6 +196,7 @@ def optimise_pixels(
     num_images: int,
     *,
     labels: Tensor | None,
+    second: Tensor | None = None,
     targets: Targets | None = None,
     rng: torch.Generator,
     log: Callable[[int, dict[str, float]], None],
@@ -200,6 +212,7 @@ def optimise_pixels(
         input_size: (C, H, W) of the teacher's images.
         num_images: images of this batch.
         labels: (num_images,), int64; None if the settings ask for no class.
+        second: (num_images,), int64, second classes; None if the settings ask for one class.
         targets: statistics of the centres, for settings with centres.
         rng: on the CPU; draws pixels, targets of classes and smoothness, the noise that slack is measured on,
             crops and views.
@@ -226,7 +239,7 @@ def optimise_pixels(
     )
     bounds = limits.standard(prior, device) if settings.valid_pixels and limits is not None else None
     objective = pixel_objective(
-        teacher, settings, shape, labels=labels, targets=targets, rng=rng, prior=prior
+        teacher, settings, shape, labels=labels, second=second, targets=targets, rng=rng, prior=prior
     )
     log_every = math.ceil(settings.steps / LOGS_A_BATCH)
     for step in range(settings.steps):

@@ -178,6 +178,12 @@ class Filter:
         return (self, *(self.then.chain if self.then is not None else ()))
 
 
+def share_of_second(name: str, share: float) -> None:
+    """Refuse what is no share of an image's second class: at most that of its first."""
+    if not 0 <= share <= 0.5:
+        raise UsageError(f"{name} is {share}. Expected 0 to 0.5, the share of the second of two classes.")
+
+
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Check a setting that is one of several texts.
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,7 +26,8 @@ PIECE = "fine-tuning"  # under which the state after the last finished epoch is 
 GENERATOR = "generator/"  # before the names of a generator's tensors in it
 LOGS_AN_EPOCH = 2
 RETREAT = 1 / 3  # factor of the learning rate after an epoch that was undone
-MAX_RETREATS = 5  # of a run
+PROBES = 4  # minibatches that tell whether an epoch made the loss worse
+MAX_RETREATS = 5  # of a run; after them the loss may rise
 Finished = MutableMapping[str, dict[str, Tensor]]
 Log = Callable[[int, dict[str, float]], None]
 
@@ -148,11 +150,12 @@ def fine_tune(
             step.remember(images, labels)
 
         def loss() -> float:
-            """On a minibatch that is always the same; nan where a generator makes them."""
+            """On minibatches that are always the same; nan where a generator makes them."""
             if generator is not None:
                 return math.nan
             rng = rng_for(seed, PIECE, "probe")
-            return step.loss(next(of_images(images, labels, settings.batch_size, rng)), rng)
+            probes = islice(of_images(images, labels, settings.batch_size, rng), PROBES)
+            return sum(step.loss(probe, rng) for probe in probes) / PROBES
 
         began = loss() if piece is None else float(piece["began"])
         while done < settings.epochs:
@@ -172,15 +175,16 @@ def fine_tune(
             means = _epoch(step, batches, done, factor * lr_at(done, settings), rng, log)
             ended = loss()
             risen = ended - began > settings.undo_rise * abs(began)
-            if risen or not math.isfinite(means["loss"]):
+            finite = math.isfinite(means["loss"])
+            exhausted = factor < 0.9 * RETREAT ** (MAX_RETREATS - 1)
+            if exhausted and not finite:
+                raise JobError(
+                    f"Fine-tuning diverged in epoch {done + 1}: its loss is not finite, also after the "
+                    f"learning rate was lowered {MAX_RETREATS} times. Lower fine_tuning.lr (now "
+                    f"{settings.lr:g})."
+                )
+            if not finite or (risen and not exhausted):
                 factor *= RETREAT
-                if factor < 0.9 * RETREAT**MAX_RETREATS:
-                    raise JobError(
-                        f"Fine-tuning diverged in epoch {done + 1}: its mean loss was {means['loss']:.4g}, "
-                        f"and that of one minibatch {ended:.4g} after it and {began:.4g} before the first "
-                        f"epoch, also after the learning rate was lowered {MAX_RETREATS} times. Lower "
-                        f"fine_tuning.lr (now {settings.lr:g})."
-                    )
                 go_back(good)
                 continue
             done += 1

@@ -186,9 +186,9 @@ class FineTuning:
         lr_decay: factor of `lr` after every `lr_decay_epochs` epochs.
         lr_decay_epochs: see `lr_decay`.
         lr_decays: how often it decays at most.
-        undo_rise: an epoch after which the loss is higher than before the first one, on the same minibatch
-            and by more than this share of it, is undone, and the rate is a third from there on; with
-            `turns`, where images change, only one whose loss is not finite.
+        undo_rise: an epoch after which the loss is higher than before the first one, on the same four
+            minibatches and by more than this share of it, is undone, and the rate is a third from there on;
+            with `turns`, where images change, only one whose loss is not finite.
         ranges: "kept": scales and zero points of the calibrated or reconstructed student. "minmax" (GDFQ and
             those built on it): of weights, lowest and highest value per output channel, anew in every step;
             of activations, a moving average of them over one pass, then fixed.
