@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 from zsq.distributed import ALONE, Group
 from zsq.errors import JobError
 from zsq.graph.blocks import Unit
-from zsq.images.generator_training import GeneratorTraining
+from zsq.health import AGAIN, Watch
+from zsq.images.generator_training import GeneratorTraining, generator_advice
 from zsq.out_of_memory import in_chunks, no_room
 from zsq.quant.attach import Quantizers
 from zsq.recover.network_outputs import Observed, looked_at
@@ -154,6 +155,10 @@ def fine_tune(
             rng = rng_for(seed, PIECE, "probe")
             return step.loss(next(of_images(images, labels, settings.batch_size, rng)), rng)
 
+        steps = settings.epochs * settings.iterations
+        advice = f"Lower fine_tuning.lr (now {settings.lr:g}). {AGAIN}"
+        if generator is not None:
+            advice = f"{generator_advice(generator.settings)} Or: {advice}"
         began = loss() if piece is None else float(piece["began"])
         while done < settings.epochs:
             rng = rng_for(seed, PIECE, done)
@@ -169,17 +174,19 @@ def fine_tune(
                     lr_factor=decay_at(done, settings),
                     group=group,
                 )
-            means = _epoch(step, batches, done, factor * lr_at(done, settings), rng, log)
+            watch = Watch("Fine-tuning", advice, steps=steps, device=images.device, group=group)
+            means = _epoch(step, batches, done, factor * lr_at(done, settings), rng, log, watch)
             ended = loss()
             risen = ended - began > settings.undo_rise * abs(began)
-            if risen or not math.isfinite(means["loss"]):
+            lost = generator is None and not math.isfinite(ended)
+            if risen or lost or watch.first() is not None:
                 factor *= RETREAT
                 if factor < 0.9 * RETREAT**MAX_RETREATS:
+                    watch.check()
                     raise JobError(
                         f"Fine-tuning diverged in epoch {done + 1}: its mean loss was {means['loss']:.4g}, "
                         f"and that of one minibatch {ended:.4g} after it and {began:.4g} before the first "
-                        f"epoch, also after the learning rate was lowered {MAX_RETREATS} times. Lower "
-                        f"fine_tuning.lr (now {settings.lr:g})."
+                        f"epoch, also after the learning rate was lowered {MAX_RETREATS} times. {advice}"
                     )
                 go_back(good)
                 continue
@@ -199,20 +206,31 @@ def fine_tune(
 
 
 def _epoch(
-    step: Step, batches: Iterator[Minibatch], epoch: int, lr: float, rng: torch.Generator, log: Log
+    step: Step,
+    batches: Iterator[Minibatch],
+    epoch: int,
+    lr: float,
+    rng: torch.Generator,
+    log: Log,
+    watch: Watch,
 ) -> dict[str, float]:
-    """The steps of one epoch; mean loss by part."""
+    """The steps of one epoch, up to where its loss is found not to be finite; mean loss by part."""
     settings = step.settings
     for parameters in step.optimizer.param_groups:
         parameters["lr"] = lr
     interval = math.ceil(settings.iterations / LOGS_AN_EPOCH)
     totals: dict[str, Tensor] = {}
     for iteration in range(settings.iterations):
-        for name, value in step(next(batches), rng).items():
+        values = step(next(batches), rng)
+        losses = [value for name, value in values.items() if name.endswith("loss")]
+        watch.see(epoch * settings.iterations + iteration, losses)
+        for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + value.double()
         if (iteration + 1) % interval == 0 or iteration + 1 == settings.iterations:
             means = step.means(totals, iteration + 1)
             log(epoch * settings.iterations + iteration, {**means, "lr": lr})
+            if watch.first() is not None:
+                break
     return means
 
 
