@@ -1,5 +1,6 @@
 """The documentation: its commands and snippets run, every page is in the menu, every recipe has a page."""
 
+import json
 import re
 import shlex
 import shutil
@@ -32,6 +33,7 @@ SMALL = {
     "fine_tuning.iterations": "1",
     "fine_tuning.batch_size": "4",
 }
+NOISE = 'recipe="noise-nearest", overrides={"synthesis.num_images": 8}'
 
 
 def name_of(page: Path) -> str:
@@ -106,6 +108,19 @@ def test_snippets(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         }
         quick = snippet.replace('budget="quick"', f'budget="quick", overrides={settings!r}')
         exec(quick, names)
+
+
+def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "docs/tutorial.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    names: dict[str, object] = {}
+    for cell in cells:
+        source = "".join(cell["source"]).replace('": 60', '": 2').replace('num_images": 64', 'num_images": 8')
+        exec(source.replace('recipe="noise-nearest",', f"{NOISE}, "), names)
+    assert (tmp_path / "runs/tutorial/run.json").is_file()
 
 
 def test_benchmark_file(finished: Path, tmp_path: Path) -> None:

@@ -157,10 +157,12 @@ def _activations(student: fx.GraphModule, images: Tensor) -> dict[str, dict[str,
     """What arrives at each activation quantizer, in activation units.
 
     "histogram": counts over ["low", "high"], which goes `MARGIN` of the quantizer's range beyond it; "below"
-    and "above" count what is outside of that; "clipped": share of the values outside of the range itself.
+    and "above" count what is outside of that; "clipped": share of the values outside of the range itself;
+    "lowest" and "highest" value.
     """
     found: dict[str, dict[str, Any]] = {}
     totals: dict[str, list[Any]] = {}
+    ends: dict[str, list[float]] = {}
     for name, module in student.named_modules():
         if isinstance(module, ActivationQuantizer) and bool(module.scale.isfinite()):
             scale, zero_point = float(module.scale), float(module.zero_point)
@@ -174,6 +176,7 @@ def _activations(student: fx.GraphModule, images: Tensor) -> dict[str, dict[str,
                 "high": high + wide,
             }
             totals[name] = [torch.zeros(BINS, dtype=torch.long, device=images.device), 0, 0, 0, 0]
+            ends[name] = [math.inf, -math.inf]
 
     def count(name: str, x: Tensor) -> None:
         about, total = found[name], totals[name]
@@ -182,6 +185,8 @@ def _activations(student: fx.GraphModule, images: Tensor) -> dict[str, dict[str,
         high = low + 2 ** about["bits"] * about["scale"]
         counts, below, above = _histogram(x, about["low"], about["high"])
         outside = int(((x < low) | (x > high)).sum())
+        lowest, highest = map(float, torch.aminmax(x))
+        ends[name] = [min(ends[name][0], lowest), max(ends[name][1], highest)]
         totals[name] = [a + b for a, b in zip(total, (counts, below, above, outside, x.numel()), strict=True)]
 
     with _arriving(student, found, count):
@@ -193,6 +198,8 @@ def _activations(student: fx.GraphModule, images: Tensor) -> dict[str, dict[str,
             "below": below,
             "above": above,
             "clipped": _short(outside / values) if values else None,
+            "lowest": _short(ends[name][0]),
+            "highest": _short(ends[name][1]),
         }
     return found
 

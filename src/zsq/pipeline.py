@@ -18,7 +18,9 @@ from zsq.budget import with_budget
 from zsq.class_images import check_generator
 from zsq.distributed import ALONE, Group
 from zsq.errors import UsageError
+from zsq.estimate import FIT, estimated_drop, predictors
 from zsq.evaluate import agreement, unit_signal_to_noise
+from zsq.findings import image_findings, network_findings, student_findings, undone
 from zsq.graph.blocks import Unit, split
 from zsq.graph.capture import capture
 from zsq.images.class_losses import number_of_classes
@@ -27,6 +29,7 @@ from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.pixel_settings import PixelSynthesis, needs_statistics
 from zsq.images.prior import input_prior
 from zsq.images.prompts import TextToImage
+from zsq.images.settings import Synthesis
 from zsq.images.text_to_image import check_pipeline
 from zsq.inspection import codes_of, inspect
 from zsq.memory import cache_bytes, read_bytes
@@ -35,7 +38,7 @@ from zsq.pictures import mode_of
 from zsq.progress import Callback, silent, unit_log
 from zsq.quant.engine_biases import round_biases
 from zsq.quant.scheme import parse_bits
-from zsq.recipe import GivenImages, Recipe, StatisticalRanges, with_overrides
+from zsq.recipe import GaussianNoise, GivenImages, Recipe, StatisticalRanges, with_overrides
 from zsq.recipe_images import (
     Batches,
     check_made,
@@ -317,6 +320,7 @@ def _run_stages(
     bound: int | None,
     scratch: Path,
 ) -> Run:
+    account.add(network_findings(graph))
     with account.timed("synthesize"):
         made = make_images(graph, teacher, settings, given, seed, device, state, account)
     with account.timed("quantize"):
@@ -327,6 +331,8 @@ def _run_stages(
     made = shape_images(networks, made, settings, teacher.spec, seed, state, account)
     images = made.images
     with account.timed("reconstruct"):
+        noise = isinstance(settings.synthesis, GaussianNoise)
+        account.add(image_findings(graph, images, made.labels, noise=noise))
         learning = None if settings.scheme.is_eight_bit else settings.reconstruction
         names = [unit.name for unit in units]
         resumed = {name for index, name in enumerate(names) if unit_name(index) in state}
@@ -347,6 +353,8 @@ def _run_stages(
     tuned, images, labels = fine_tuned(
         networks, images, made.labels, settings, teacher.spec, seed, state, account
     )
+    if tuned is not None and tuned.lr_factor < 1:
+        account.add([undone(tuned.lr_factor)])
     if settings.scheme.placement == "engine":
         round_biases(student)
     with account.timed("holdout"):
@@ -354,14 +362,17 @@ def _run_stages(
         holdout = images if unseen else make_holdout(graph, teacher, settings, seed, state, account)
         if holdout is not None:
             holdout = holdout.to(device)
-        estimates = _estimates(original, student, units, None if unseen else images, holdout)
+        alike = isinstance(settings.synthesis, Synthesis)
+        estimates = _estimates(original, student, units, None if unseen else images, holdout, alike)
     with account.timed("inspect"):
         inspection = inspect(graph, original, student, quantizers, nearest, images)
+        account.add(student_findings(original, student, quantizers, inspection["activations"]))
     student = student.cpu()
     sizes = stored_bytes(student)
     record = {
         "measured": {},
         "estimated_without_data": estimates,
+        "findings": [asdict(finding) for finding in account.findings],
         "units": [asdict(result) for result in results],
         **({"fine_tuning": asdict(tuned)} if tuned is not None else {}),
         "bits": {
@@ -402,15 +413,20 @@ def _estimates(
     units: Any,
     images: Tensor | None,
     holdout: Tensor | None,
+    alike: bool,
 ) -> dict[str, Any]:
     """What can be said without data: agreement on synthetic images. Never called accuracy.
 
-    `images` are those that the student was made with, None if it was made without any.
+    `images` are those that the student was made with, None if it was made without any. `alike` says that the
+    held-out ones are made as those were from which `FIT` predicts the drop of top-1.
     """
     result: dict[str, Any] = {"note": "on synthetic images; this is agreement with the teacher, not accuracy"}
     if holdout is not None:
         result["holdout"] = agreement(student, teacher, holdout)
         result["unit_snr"] = unit_signal_to_noise(teacher, student, units, holdout)
+        found = predictors(teacher, student, holdout, result["unit_snr"]) if alike else None
+        if found is not None:
+            result["drop"] = estimated_drop(found, FIT)
     if images is not None:
         result["calibration_images"] = agreement(student, teacher, images)
     return result

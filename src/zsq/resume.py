@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -38,6 +38,10 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
+
+# How the names of finished pieces begin: of images that no student had a part in, and of fine-tuning.
+IMAGES_ALONE = ("synthesis-", "centres-", "generator", "holdout", "text-")
+TUNED = "fine-tuning"
 
 
 def identity_of(
@@ -77,6 +81,8 @@ def open_state(
     folder: Path | None, identity: dict[str, Any], *, force: bool, command: str | None, group: Group
 ) -> Iterator[State]:
     """The state of the run in `folder`: that of an interrupted run of the same identity, or a fresh one.
+
+    With `force` also of one whose learning alone differs; pieces that depend on it are removed.
 
     Process 0 keeps it on disk, and the folder for itself; the others have a copy. Without a folder the state
     is empty and kept nowhere.
@@ -141,6 +147,14 @@ def _state_on_disk(folder: Path, identity: dict[str, Any], *, force: bool, comma
             for path in temporary_files(folder):
                 path.unlink(missing_ok=True)
             return StateFolder(folder / STATE)
+        if force and different == ["recipe"]:
+            pieces = StateFolder(folder / STATE)
+            stale = _stale_pieces(record["recipe"], identity["recipe"], pieces)
+            if stale is not None:
+                for name in stale:
+                    del pieces[name]
+                write_record(folder, {"format": FORMAT, "status": "running", "command": command, **identity})
+                return pieces
         if not force:
             own = f" ({record['command']})" if record.get("command") else ""
             raise UsageError(
@@ -151,3 +165,18 @@ def _state_on_disk(folder: Path, identity: dict[str, Any], *, force: bool, comma
     claim_folder(folder, force=force)
     write_record(folder, {"format": FORMAT, "status": "running", "command": command, **identity})
     return StateFolder(folder / STATE)
+
+
+def _stale_pieces(before: Any, after: dict[str, Any], pieces: Iterable[str]) -> list[str] | None:
+    """Finished pieces that depend on what differs between two recipes; None if all do, or may.
+
+    Only where the learning alone differs, which nothing before the student depends on.
+    """
+    if not isinstance(before, dict):
+        return None
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    if changed == {"fine_tuning"}:
+        return [name for name in pieces if name.startswith(TUNED)]
+    if changed <= {"reconstruction", "fine_tuning"}:
+        return [name for name in pieces if not name.startswith(IMAGES_ALONE)]
+    return None

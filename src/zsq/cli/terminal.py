@@ -27,7 +27,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from zsq.amounts import bytes_text, seconds_text
+from zsq.amounts import bytes_text, drop_error_text, drop_text, seconds_text
 from zsq.progress import Callback, Progress
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -243,6 +243,7 @@ def quantized_summary(record: Mapping[str, Any], folder: Path, data: str | None)
         f"{record['model']['name']}, recipe {record['recipe']['name']}, seed {record['seed']}",
         grid(("", "before", "after"), rows),
         *_estimated(results["estimated_without_data"]),
+        *_findings(results.get("findings", ())),
         *(measured_summary(results["measured"]) if results["measured"] else ()),
         "",
         f"Time: {times}",
@@ -264,7 +265,19 @@ def _estimated(estimates: Mapping[str, Any]) -> list[Table | str]:
         )
         images = "calibration images"
     row = (f"{about['top1_agreement']:.1f} %", f"{about['snr']:.1f} dB", f"{about['num_images']} {images}")
-    return ["", heading, grid(("agreement with the teacher", "signal to noise", "on"), [row])]
+    drop = estimates.get("drop")
+    told = (
+        [] if drop is None else ["", f"Estimated drop of top-1: {drop_text(drop)}, {drop_error_text(drop)}"]
+    )
+    return ["", heading, grid(("agreement with the teacher", "signal to noise", "on"), [row]), *told]
+
+
+def _findings(found: Sequence[Mapping[str, str]]) -> list[Table | str]:
+    """What is wrong with the numbers, if anything is."""
+    if not found:
+        return []
+    rows = [(one["stage"], one["layer"], f"{one['what']}; {one['done']}") for one in found]
+    return ["", "findings", grid(("stage", "where", "what"), rows)]
 
 
 def diagnostics_summary(found: Mapping[str, Any]) -> list[Table | str]:

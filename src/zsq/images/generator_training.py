@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from zsq.distributed import ALONE, Group
 from zsq.graph.tensors import device_of
+from zsq.health import Watch
 from zsq.images.class_generator import ClassGenerator
 from zsq.images.class_losses import (
     SecondClass,
@@ -169,8 +170,7 @@ class GeneratorTraining:
             with self._reduced:
                 images.append(self._images(z, y, SecondClass(other, share) if share > 0 else None))
         joined = torch.cat(images).contiguous()
-        advice = f"Lower synthesis.lr (now {self.settings.lr:g}) or take synthesis.precision=float32."
-        check_finite(joined, "generator", advice)
+        check_finite(joined, "generator", generator_advice(self.settings))
         return joined, labels.to(self.device)
 
     def state(self) -> dict[str, Tensor]:
@@ -196,6 +196,11 @@ class GeneratorTraining:
         return images.contiguous(memory_format=torch.channels_last)
 
 
+def generator_advice(settings: GeneratorSynthesis) -> str:
+    """What to try if a generator's numbers are not finite."""
+    return f"Lower synthesis.lr (now {settings.lr:g}) or take synthesis.precision=float32."
+
+
 def warm_up(
     training: GeneratorTraining, rng: torch.Generator, log: Callable[[int, dict[str, float]], None]
 ) -> None:
@@ -205,10 +210,17 @@ def warm_up(
         training: changed in place.
         rng: on the CPU.
         log: called as log(step, values) about 20 times; only then the host waits for the device.
+
+    Raises:
+        JobError: the training diverged.
     """
     settings = training.settings
+    of, advice = "The training of the generator", generator_advice(settings)
+    watch = Watch(of, advice, steps=settings.steps, device=training.device)
     log_every = math.ceil(settings.steps / LOGS_A_BATCH)
     for step in range(settings.steps):
         made = training.step(settings.batch_size, rng)
+        watch.see(step, [made.parts["loss"]])
         if step % log_every == 0 or step == settings.steps - 1:
+            watch.check()
             log(step, {name: part.item() for name, part in made.parts.items()})

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from zsq.distributed import ALONE, Group, spread
 from zsq.graph.tensors import device_of
+from zsq.health import Watch
 from zsq.images.class_losses import balanced_labels, number_of_classes, second_labels
 from zsq.images.crops import crop, draw_crops
 from zsq.images.forward import observe
@@ -97,6 +98,7 @@ def synthesize_pixels(
                 log=partial(log_batch, log, names[index], settings.steps),
                 prior=prior,
                 limits=limits,
+                where=f"batch {index + 1} of {len(names)}",
             )
         part = parts[index]
         return {"images": images.cpu(), **({} if part is None else {"labels": part})}
@@ -174,6 +176,7 @@ def make_centres(
             rng=rng_for(seed, "centres", index),
             log=partial(log_batch, log, names[index], own.steps),
             prior=prior,
+            where=f"batch {index + 1} of {len(names)} of the centres",
         )
         return {"images": images.cpu(), "labels": parts[index]}
 
@@ -202,6 +205,7 @@ def optimise_pixels(
     log: Callable[[int, dict[str, float]], None],
     prior: InputPrior | None = None,
     limits: PixelLimits | None = None,
+    where: str = "",
 ) -> Tensor:
     """Optimise the pixels of one batch, from Gaussian noise.
 
@@ -219,6 +223,7 @@ def optimise_pixels(
         log: called as log(step, values) about 20 times; only then the host waits for the device.
         prior: mean and deviation that the images start from; None for 0 and 1.
         limits: normalised black and white, for settings that keep pixels valid.
+        where: how to call the batch in an error.
 
     Returns:
         (num_images, C, H, W), normalised, float32, on the teacher's device.
@@ -242,6 +247,8 @@ def optimise_pixels(
         teacher, settings, shape, labels=labels, second=second, targets=targets, rng=rng, prior=prior
     )
     log_every = math.ceil(settings.steps / LOGS_A_BATCH)
+    advice = f"Try a smaller synthesis.lr (now {settings.lr}) or synthesis.limit=3 (now {settings.limit:g})."
+    watch = Watch("The synthesis of images", advice, steps=settings.steps, device=device, where=where)
     for step in range(settings.steps):
         shown = _shown(prior.apply(pixels), settings, step, rng)
         parts = objective(shown.contiguous(memory_format=torch.channels_last))
@@ -249,6 +256,7 @@ def optimise_pixels(
         optimizer.zero_grad()
         loss.backward(inputs=[pixels])
         optimizer.step()
+        watch.see(step, [loss])
         with torch.no_grad():
             if settings.limit:
                 pixels.clamp_(-settings.limit, settings.limit)
@@ -256,10 +264,10 @@ def optimise_pixels(
                 torch.clamp(pixels, *bounds, out=pixels)
         schedule.step(loss.detach())
         if step % log_every == 0 or step == settings.steps - 1:
+            watch.check()
             values = {"loss": loss, **parts, "lr": schedule.lr}
             log(step, {name: value.item() for name, value in values.items()})
     images = prior.apply(pixels.detach()).contiguous()
-    advice = f"Try a smaller synthesis.lr (now {settings.lr}) or synthesis.limit=3 (now {settings.limit:g})."
     check_finite(images, "synthesis", advice)
     return images
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from zsq.graph.tensors import device_of
+from zsq.health import Watch
 from zsq.images.forward import Observer, observe
 from zsq.images.gradients import (
     Gradients,
@@ -86,6 +87,7 @@ def refine(
                 rng=rng_for(seed, "refinement", index),
                 log=lambda step, values, name=name: log(name, step, values),  # type: ignore[misc]
                 prior=prior,
+                where=f"batch {index + 1}",
             )
             piece = finished[name] = {"images": result.cpu(), **_named(found)}
         images.append(piece["images"])
@@ -104,6 +106,7 @@ def refine_batch(
     rng: torch.Generator,
     log: Callable[[int, dict[str, float]], None],
     prior: InputPrior | None = None,
+    where: str = "",
 ) -> tuple[Tensor, Gradients]:
     """Train a copy of a batch's latents and generator further.
 
@@ -119,6 +122,7 @@ def refine_batch(
         bank: directions of finished images, without history; None if there are none.
         rng: on the CPU; draws the starts of the neighbour searches.
         log: called as log(step, values) about 20 times.
+        where: how to call the batch in an error.
 
     Returns:
         images (N, C, H, W) of the latents and the generator after the last step, and their directions.
@@ -146,6 +150,11 @@ def refine_batch(
 
     matching = settings.match_weight > 0 and settings.radius > 0
     log_every = math.ceil(settings.steps / LOGS_A_BATCH)
+    advice = (
+        f"Try a smaller refinement.lr_latent (now {settings.lr_latent}) or refinement.lr_generator (now "
+        f"{settings.lr_generator})."
+    )
+    watch = Watch("The refinement of images", advice, steps=settings.steps, device=device, where=where)
     for step in range(settings.steps):
         parts: dict[str, tuple[float, Tensor]] = {}
         forward = observer(images_at(latents))
@@ -167,18 +176,16 @@ def refine_batch(
         optimizer.zero_grad()
         loss.backward(inputs=parameters)
         optimizer.step()
+        watch.see(step, [loss])
         plateau.step(loss.detach())
         if (step + 1) % settings.generator_decay_interval == 0:
             optimizer.param_groups[1]["lr"] *= settings.generator_decay
         if step % log_every == 0 or step == settings.steps - 1:
+            watch.check()
             log(step, {"loss": loss.item(), **{name: part.item() for name, (_, part) in parts.items()}})
     with torch.no_grad():
         images = images_at(latents)
         found = directions(probe(images, None))
-    advice = (
-        f"Try a smaller refinement.lr_latent (now {settings.lr_latent}) or refinement.lr_generator (now "
-        f"{settings.lr_generator})."
-    )
     check_finite(images, "refinement", advice)
     return images.contiguous(), found
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from zsq.distributed import ALONE, Group, spread
 from zsq.graph.tensors import device_of
+from zsq.health import Watch
 from zsq.images.forward import observe
 from zsq.images.losses import BatchNormStatistics, InputStatistics
 from zsq.images.pixel_settings import MadeInBatches
@@ -108,6 +109,7 @@ def synthesize(
                 log=partial(log_batch, log, names[index], own.steps),
                 prior=prior,
                 start=_generator_state(finished[names[0]]) if follows else None,
+                where=f"batch {index + 1} of {len(names)}",
             )
         return piece_of(batch, keep_source=keep_sources or (settings.reuse_steps > 0 and index == 0))
 
@@ -156,6 +158,7 @@ def synthesize_batch(
     log: Callable[[int, dict[str, float]], None],
     prior: InputPrior | None = None,
     start: Mapping[str, Tensor] | None = None,
+    where: str = "",
 ) -> Batch:
     """Train latents and a fresh generator together so that the teacher's BatchNorm statistics are reproduced.
 
@@ -172,6 +175,7 @@ def synthesize_batch(
             rates are those of the next step.
         prior: mean and deviation that the images start from and are held to; None for 0 and 1.
         start: state dict of a generator to start from; None for fresh parameters.
+        where: how to call the batch in an error.
 
     Raises:
         UsageError: the teacher has no BatchNorm.
@@ -196,6 +200,11 @@ def synthesize_batch(
     log_every = math.ceil(settings.steps / LOGS_A_BATCH)
     still = [[0, 0]] * num_swinging
     convergence = Convergence(settings.converged)
+    advice = (
+        f"Try a smaller synthesis.lr_latent (now {settings.lr_latent}) or synthesis.lr_generator (now "
+        f"{settings.lr_generator}), or synthesis.precision=float32 (now {settings.precision})."
+    )
+    watch = Watch("The synthesis of images", advice, steps=settings.steps, device=device, where=where)
     lr_generator = settings.lr_generator
     for step in range(settings.steps):
         shifts = draw_shifts(num_swinging, rng) if settings.swing else still
@@ -207,6 +216,7 @@ def synthesize_batch(
         optimizer.zero_grad()
         loss.backward(inputs=parameters)
         optimizer.step()
+        watch.see(step, [loss])
         plateau.step(loss.detach())
         if (step + 1) % interval == 0:
             lr_generator *= settings.generator_decay
@@ -215,6 +225,7 @@ def synthesize_batch(
         optimizer.param_groups[1]["lr"] = lr_generator * factor
         ended = convergence.reached(step, loss.detach())
         if step % log_every == 0 or step == settings.steps - 1 or ended:
+            watch.check()
             lr_latent, lr = (group["lr"] for group in optimizer.param_groups)
             values = {"loss": loss, "bn": bn_loss, "image": image_loss, "lr_latent": lr_latent}
             log(step, {n: v.item() for n, v in values.items()} | {"lr_generator": lr})
@@ -222,10 +233,6 @@ def synthesize_batch(
             break
     with torch.no_grad(), reduced:
         images = prior.apply(generator(latents))
-    advice = (
-        f"Try a smaller synthesis.lr_latent (now {settings.lr_latent}) or synthesis.lr_generator (now "
-        f"{settings.lr_generator}), or synthesis.precision=float32 (now {settings.precision})."
-    )
     check_finite(images, "synthesis", advice)
     return Batch(images.contiguous(), latents.detach(), generator.requires_grad_(False))
 

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from zsq.distributed import ALONE, Group
 from zsq.errors import JobError
 from zsq.graph.blocks import Unit
-from zsq.images.generator_training import GeneratorTraining
+from zsq.health import AGAIN, Watch
+from zsq.images.generator_training import GeneratorTraining, generator_advice
 from zsq.out_of_memory import in_chunks, no_room
 from zsq.quant.attach import Quantizers
 from zsq.recover.network_outputs import Observed, looked_at
@@ -157,6 +158,10 @@ def fine_tune(
             probes = islice(of_images(images, labels, settings.batch_size, rng), PROBES)
             return sum(step.loss(probe, rng) for probe in probes) / PROBES
 
+        steps = settings.epochs * settings.iterations
+        advice = f"Lower fine_tuning.lr (now {settings.lr:g}). {AGAIN}"
+        if generator is not None:
+            advice = f"{generator_advice(generator.settings)} Or: {advice}"
         began = loss() if piece is None else float(piece["began"])
         while done < settings.epochs:
             rng = rng_for(seed, PIECE, done)
@@ -172,18 +177,19 @@ def fine_tune(
                     lr_factor=decay_at(done, settings),
                     group=group,
                 )
-            means = _epoch(step, batches, done, factor * lr_at(done, settings), rng, log)
+            watch = Watch("Fine-tuning", advice, steps=steps, device=images.device, group=group)
+            means = _epoch(step, batches, done, factor * lr_at(done, settings), rng, log, watch)
             ended = loss()
             risen = ended - began > settings.undo_rise * abs(began)
-            finite = math.isfinite(means["loss"])
+            lost = watch.first() is not None or (generator is None and not math.isfinite(ended))
             exhausted = factor < 0.9 * RETREAT ** (MAX_RETREATS - 1)
-            if exhausted and not finite:
+            if lost and exhausted:
+                watch.check()
                 raise JobError(
-                    f"Fine-tuning diverged in epoch {done + 1}: its loss is not finite, also after the "
-                    f"learning rate was lowered {MAX_RETREATS} times. Lower fine_tuning.lr (now "
-                    f"{settings.lr:g})."
+                    f"Fine-tuning diverged in epoch {done + 1}: its loss is NaN or infinity then, also after "
+                    f"the learning rate was lowered {MAX_RETREATS} times. {advice}"
                 )
-            if not finite or (risen and not exhausted):
+            if lost or (risen and not exhausted):
                 factor *= RETREAT
                 go_back(good)
                 continue
@@ -203,20 +209,31 @@ def fine_tune(
 
 
 def _epoch(
-    step: Step, batches: Iterator[Minibatch], epoch: int, lr: float, rng: torch.Generator, log: Log
+    step: Step,
+    batches: Iterator[Minibatch],
+    epoch: int,
+    lr: float,
+    rng: torch.Generator,
+    log: Log,
+    watch: Watch,
 ) -> dict[str, float]:
-    """The steps of one epoch; mean loss by part."""
+    """The steps of one epoch, up to where its loss is found not to be finite; mean loss by part."""
     settings = step.settings
     for parameters in step.optimizer.param_groups:
         parameters["lr"] = lr
     interval = math.ceil(settings.iterations / LOGS_AN_EPOCH)
     totals: dict[str, Tensor] = {}
     for iteration in range(settings.iterations):
-        for name, value in step(next(batches), rng).items():
+        values = step(next(batches), rng)
+        losses = [value for name, value in values.items() if name.endswith("loss")]
+        watch.see(epoch * settings.iterations + iteration, losses)
+        for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + value.double()
         if (iteration + 1) % interval == 0 or iteration + 1 == settings.iterations:
             means = step.means(totals, iteration + 1)
             log(epoch * settings.iterations + iteration, {**means, "lr": lr})
+            if watch.first() is not None:
+                break
     return means
 
 

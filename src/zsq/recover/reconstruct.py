@@ -14,6 +14,7 @@ from zsq.errors import JobError
 from zsq.graph.blocks import Unit, extract, last_readers
 from zsq.graph.capture import aten, weight_node
 from zsq.graph.tensors import device_of, get_tensor
+from zsq.health import AGAIN, Watch
 from zsq.images.forward import freeze_batch_norms
 from zsq.out_of_memory import in_chunks, no_room
 from zsq.quant.affine import MIN_SCALE
@@ -166,6 +167,7 @@ def reconstruct(
                     maps=maps,
                     group=group,
                     storage=storage,
+                    where=unit.name,
                     rng=rng_for(seed, "reconstruction", index),
                     log=lambda step, values, name=unit.name: log(name, step, settings.steps, values),  # type: ignore[misc]
                 )
@@ -266,6 +268,7 @@ def _reconstruct_unit(
     maps: UnitMaps | None,
     group: Group,
     storage: Storage,
+    where: str,
     rng: torch.Generator,
     log: Callable[[int, dict[str, float]], None],
 ) -> None:
@@ -307,6 +310,15 @@ def _reconstruct_unit(
         "Give --memory to keep tensors between units off the device, or lower reconstruction.batch_size "
         f"(now {settings.batch_size}), which changes the result."
     )
+    rates = f"lr_rounding (now {settings.lr_rounding:g}), lr_weight_scale ({settings.lr_weight_scale:g})"
+    watch = Watch(
+        "The reconstruction",
+        f"Lower reconstruction.{rates} or lr_activation_scale ({settings.lr_activation_scale:g}). {AGAIN}",
+        steps=settings.steps,
+        device=device,
+        where=f"unit {where}",
+        group=group,
+    )
     with dropping(part, settings.drop_prob, draw, rows), no_room(advice):
         for step in range(settings.steps):
             index = next(batches)[mine].to(device)
@@ -332,12 +344,14 @@ def _reconstruct_unit(
             loss.backward()
             group.add([p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None])
             optimizer.step()
+            watch.see(step, [loss])
             with torch.no_grad():
                 for scale in (*activation_scales, *(m.scale for m in learned.values())):
                     scale.clamp_(min=MIN_SCALE)
             if step % RELEASE_EVERY == 0:
                 storage.release()
             if step % log_every == 0 or step == settings.steps - 1:
+                watch.check()
                 shown = [loss.detach().clone(), distance.detach().clone()]
                 group.add(shown)
                 log(step, dict(zip(("loss", "reconstruction"), map(float, shown), strict=True)))

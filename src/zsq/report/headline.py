@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zsq.amounts import bytes_text, seconds_text
+from zsq.amounts import bytes_text, drop_error_text, drop_text, seconds_text
+from zsq.health import Finding
 from zsq.report.charts import share_bar
 from zsq.run import Run
 
@@ -44,6 +45,7 @@ class Headline:
         size: stacked bar of the bytes.
         command: that made it; "" if it was made in Python.
         notes: what was assumed when the model was loaded.
+        findings: what is wrong with the numbers, a sentence each.
         figures: numbers to compare runs by.
     """
 
@@ -59,6 +61,7 @@ class Headline:
     size: str
     command: str
     notes: tuple[str, ...]
+    findings: tuple[str, ...]
     figures: Mapping[str, float | None]
 
 
@@ -114,6 +117,7 @@ def headline(run: Run) -> Headline:
         size=share_bar(parts),
         command=str(record.get("command") or ""),
         notes=tuple(map(str, model["source"].get("notes", ()))),
+        findings=tuple(str(Finding(**found)) for found in results.get("findings", ())),
         figures={
             **figures,
             **estimates,
@@ -154,6 +158,10 @@ def _estimated(
         agreement = float(about["top1_agreement"])
         rows.append(("Agreement with the teacher", f"{agreement:.1f} %", "same class; not an accuracy"))
         figures[f"estimated: agreement on {kind}, %"] = agreement
+    drop = estimates.get("drop")
+    if held_out and drop is not None:
+        rows.append(("Estimated drop of top-1", drop_text(drop), drop_error_text(drop)))
+        figures["estimated: drop of top-1, points"] = float(drop["points"])
     snr = float(about["snr"])
     rows.append(("Signal to noise", f"{snr:.1f} dB", "of the outputs; higher is better"))
     figures[f"estimated: signal to noise on {kind}, dB"] = snr
