@@ -86,7 +86,7 @@ def load_pretrained(name: str | Path) -> Run:
     """
     if Path(name).exists():
         return load_run(name)
-    repository = _checked_repository(str(name).removeprefix("hf:"))
+    repository = checked_repository(str(name).removeprefix("hf:"))
     hub: Any = import_extra("huggingface_hub", EXTRA)
     try:
         folder = hub.snapshot_download(repository)
@@ -117,7 +117,7 @@ def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
     if not (source / CARD).is_file():
         raise UsageError(f"{source} has no model card. Write the folder with save_pretrained first.")
     read_record(source)
-    name = _checked_repository(repository)
+    name = checked_repository(repository)
     hub: Any = import_extra("huggingface_hub", EXTRA)
     try:
         client = hub.HfApi()
@@ -277,7 +277,12 @@ def _plain(text: str) -> str:
     return re.sub(r"[<>|`\[\]\n]", " ", text)
 
 
-def _checked_repository(name: str) -> str:
+def checked_repository(name: str) -> str:
+    """The name of a Hugging Face repository as it is.
+
+    Raises:
+        UsageError: it is not of the form user/name.
+    """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UsageError(f"A Hugging Face repository is named like user/name, got {name!r}.")
     return name
