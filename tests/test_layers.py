@@ -16,7 +16,7 @@ ROOT = Path(zsq.__file__).parent
 
 # What each part may import, besides itself. `SETTINGS` are the recipe's dataclasses: plain numbers that every
 # stage takes, below all stages but graph, which has no settings.
-GROUND = {"errors", "rng", "distributed", "_version", "allocator", "out_of_memory", "amounts"}
+GROUND = {"errors", "rng", "distributed", "_version", "allocator", "out_of_memory", "amounts", "paths"}
 MODELS = {"architectures", "bundled", "weight_files", "teacher", "models"}
 SETTINGS = {
     "recipe",
@@ -75,9 +75,10 @@ ALLOWED: dict[str, set[str]] = {
     "export": GROUND | MODELS | SETTINGS | {"graph", "quant", "student", "run"},
     "distributed": {"errors"},
     "out_of_memory": {"errors"},
+    "paths": {"errors"},
     "memory": GROUND | {"graph", "images"},
     "inspection": GROUND | {"graph", "quant", "images"},
-    **{name: set() for name in GROUND - {"distributed", "out_of_memory"}},
+    **{name: set() for name in GROUND - {"distributed", "out_of_memory", "paths"}},
 }
 TOP = {
     "",

@@ -13,6 +13,7 @@ from zsq.bench_plan import Job, Plan, plan_network
 from zsq.bench_row import IMAGES, WORK, Say, fill_row, is_complete, measure, work_folder
 from zsq.bench_table import MARK, NetworkResults, summarise, to_markdown
 from zsq.errors import JobError, UsageError, ZsqError
+from zsq.paths import check_output
 from zsq.run import write_atomic
 
 ROWS, FLOAT, TABLE, RESULTS = "rows.jsonl", "float.json", "table.md", "results.json"
@@ -154,6 +155,9 @@ def run_bench(
 
 
 def _check_outputs(folder: Path, copy_at: Path | None) -> None:
+    check_output(folder, "output")
+    if copy_at is not None:
+        check_output(copy_at, "table to write")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / RESULTS).exists()):
         raise UsageError(
             f"The output {folder} exists and is not the folder of a benchmark; nothing in it was changed. "

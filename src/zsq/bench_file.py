@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from zsq.errors import UsageError
+from zsq.paths import user_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +255,7 @@ def expanded(text: str, what: str) -> str:
 def existing_path(text: str | None, what: str) -> Path | None:
     if text is None:
         return None
-    path = Path(expanded(text, what)).expanduser()
+    path = user_path(expanded(text, what), what)
     if not path.exists():
         raise UsageError(f"The {what} is {text}, but {path} does not exist. Correct the path.")
     return path

@@ -19,6 +19,7 @@ from zsq._version import __version__
 from zsq.distributed import Group
 from zsq.errors import UsageError
 from zsq.models import Teacher
+from zsq.paths import check_output
 from zsq.recipe import Recipe, describe
 from zsq.run import (
     FORMAT,
@@ -100,6 +101,7 @@ def _held(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: another process has it.
     """
+    check_output(folder, "output folder")
     if fcntl is None or folder.is_file():
         yield
         return

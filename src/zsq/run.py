@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from zsq.errors import JobError, UsageError
 from zsq.images.contact_sheet import contact_sheet
 from zsq.models import ModelSpec
+from zsq.paths import check_output
 from zsq.student import student_from_file, student_to_bytes
 
 FORMAT = 1
@@ -80,6 +81,7 @@ def check_free(files: Sequence[Path], *, force: bool) -> None:
         UsageError: one of the files exists and `force` is False, or it is a folder.
     """
     for existing in files:
+        check_output(existing, "output")
         if existing.is_dir() or (existing.exists() and not force):
             raise UsageError(
                 f"{existing} exists already; nothing was changed. Choose another --out"
@@ -267,7 +269,7 @@ def load_run(path: str | Path) -> Run:
 
 def is_run_folder(path: str | Path) -> bool:
     """Whether a folder holds a run.json."""
-    return (Path(path) / RECORD).is_file()
+    return os.path.isfile(Path(path) / RECORD)
 
 
 def claim_folder(folder: Path, *, force: bool) -> None:
@@ -279,6 +281,7 @@ def claim_folder(folder: Path, *, force: bool) -> None:
         UsageError: the folder holds something, or is a file, or (with `force`) something that is not ours.
         JobError: it cannot be made or emptied.
     """
+    check_output(folder, "output folder")
     if folder.is_file():
         raise UsageError(f"The output folder {folder} is a file. Choose another --out.")
     try:
