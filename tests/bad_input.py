@@ -3,7 +3,6 @@
 import io
 import shlex
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -185,5 +184,3 @@ def write(name: str, content: str | bytes) -> Callable[[Path], object]:
         (folder / name).write_bytes(data)
 
     return make
-
-

@@ -1,9 +1,12 @@
 """Wrong options, names and settings: exit code 2, one paragraph that names what came, nothing written."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from bad_input import Case, cases, check, make_place, write
+from bad_input import Case, cases, check, make_place, one_paragraph, snapshot, write
 
 LONG = "x" * 5000
 
@@ -130,14 +133,23 @@ SETTINGS = cases(
     ("dots", "quantize @ --set synthesis..steps=3", "synthesis..steps"),
     ("a name of 5000 letters", f"quantize @ --set {LONG}=3", "xxx"),
     ("turns without a generator", "quantize @ --set fine_tuning=on --set fine_tuning.turns=on", "turns"),
-    ("class names that are not there", "quantize @ --recipe genq --set synthesis.class_names=no.txt", "no.txt"),
+    (
+        "class names that are not there",
+        "quantize @ --recipe genq --set synthesis.class_names=no.txt",
+        "no.txt",
+    ),
     (
         "class names that are a folder",
         "quantize @ --recipe genq --set synthesis.class_names=run",
         "run",
     ),
     *(
-        (name, "quantize @ --recipe genq --set synthesis.class_names=names" + ending, says, write("names" + ending, text))
+        (
+            name,
+            "quantize @ --recipe genq --set synthesis.class_names=names" + ending,
+            says,
+            write("names" + ending, text),
+        )
         for name, ending, text, says in (
             ("too few class names", ".txt", "cat\ndog\n", "2 class names"),
             ("too many class names", ".txt", "a\nb\nc\nd\ne\nf\ng\n", "7 class names"),
@@ -159,7 +171,12 @@ MODELS = cases(
     ("no model", "quantize ''", "''"),
     ("a file that is not there", "quantize none.py:small --input-size 3,8,8", "none.py"),
     ("a folder that is no run", "quantize sub/run", "sub/run"),
-    ("a folder called like a file", "quantize sub.py:small --input-size 3,8,8", "sub.py", lambda f: (f / "sub.py").mkdir()),
+    (
+        "a folder called like a file",
+        "quantize sub.py:small --input-size 3,8,8",
+        "sub.py",
+        lambda f: (f / "sub.py").mkdir(),
+    ),
     ("a model of 5000 letters", f"quantize {LONG}", "xxx"),
     ("a file of 5000 letters", f"quantize {LONG}.py:small --input-size 3,8,8", "xxx"),
     ("an unknown network", "quantize resnet1800", "resnet1800"),
@@ -190,7 +207,11 @@ MODELS = cases(
             ("lazy", "lazy"),
         )
     ),
-    ("a network without classes", "evaluate nets.py:maps --input-size 3,8,8 --data labelled.npz", "classifier"),
+    (
+        "a network without classes",
+        "evaluate nets.py:maps --input-size 3,8,8 --data labelled.npz",
+        "classifier",
+    ),
     *(
         (f"a model file: {name}", "quantize user.py:small --input-size 3,8,8", says, write("user.py", text))
         for name, text, says in (
@@ -219,3 +240,21 @@ def test_settings(case: Case, place: Path, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("case", MODELS)
 def test_models(case: Case, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, place, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["quantize", "--bits"], "--bits"),
+        (["bench", "gone.toml"], "gone.toml"),
+        (["quantize", "nets.py:raises", "--input-size", "3,8,8"], "stage5"),
+    ],
+)
+def test_a_process_of_its_own(arguments: list[str], says: str, place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    before = snapshot(tmp_path)
+    command = [sys.executable, "-m", "zsq", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert says in one_paragraph(done.stderr)
+    assert snapshot(tmp_path) == before

@@ -125,7 +125,7 @@ def with_sizes(name: str, make: Maker, member: str, size: int) -> Maker:
     def change(folder: Path) -> None:
         make(folder)
         content = bytearray((folder / name).read_bytes())
-        at = content.rindex(b"PK\x01\x02" , 0, content.rindex(member.encode()))
+        at = content.rindex(b"PK\x01\x02", 0, content.rindex(member.encode()))
         content[at + 24 : at + 28] = struct.pack("<I", size)
         (folder / name).write_bytes(bytes(content))
 
@@ -171,7 +171,10 @@ WEIGHTS = cases(
             ("no bytes' place", header('{"a": {"dtype": "F32", "shape": [2]}}', data=bytes(8))),
             ("another kind of file", write("bad.safetensors", b"\x89PNG\r\n\x1a\n" + bytes(100))),
             ("no tensors", header("{}")),
-            *((f"cut after {size:g}", cut("weights.safetensors", "bad.safetensors", size)) for size in (8, 0.2, 0.5, 0.99)),
+            *(
+                (f"cut after {size:g}", cut("weights.safetensors", "bad.safetensors", size))
+                for size in (8, 0.2, 0.5, 0.99)
+            ),
         )
     ),
     *(
@@ -180,11 +183,27 @@ WEIGHTS = cases(
         for name, says, change in (
             (f"with nan in {suffix}", "conv1.weight", put("conv1.weight", "", float("nan"))),
             (f"with infinity in {suffix}", "bn2.running_var", put("bn2.running_var", "", float("inf"))),
-            (f"in integers in {suffix}", "conv1.weight", replaced("conv1.weight", lambda t: t.to(torch.int8))),
-            (f"complex in {suffix}", "conv2.weight", replaced("conv2.weight", lambda t: t.to(torch.complex64))),
-            (f"one too few in {suffix}", "linear.bias", lambda t: {k: v for k, v in t.items() if k != "linear.bias"}),
+            (
+                f"in integers in {suffix}",
+                "conv1.weight",
+                replaced("conv1.weight", lambda t: t.to(torch.int8)),
+            ),
+            (
+                f"complex in {suffix}",
+                "conv2.weight",
+                replaced("conv2.weight", lambda t: t.to(torch.complex64)),
+            ),
+            (
+                f"one too few in {suffix}",
+                "linear.bias",
+                lambda t: {k: v for k, v in t.items() if k != "linear.bias"},
+            ),
             (f"one too many in {suffix}", "extra", lambda t: t.update(extra=torch.ones(2))),
-            (f"of another shape in {suffix}", "linear.weight", replaced("linear.weight", lambda t: t[:5].clone())),
+            (
+                f"of another shape in {suffix}",
+                "linear.weight",
+                replaced("linear.weight", lambda t: t[:5].clone()),
+            ),
             (f"of another network in {suffix}", "conv1.weight", lambda t: {"fc.weight": torch.ones(2, 2)}),
             (f"of negative variance in {suffix}", "NaN", replaced("bn1.running_var", lambda t: t - 9)),
         )
@@ -204,8 +223,16 @@ WEIGHTS = cases(
             ("numbers by name", "epoch", changed(".pt", lambda t: {"epoch": 3})),
             ("tensors without names", "no tensors", changed(".pt", lambda t: dict(enumerate(t.values())))),
             ("itself", "bad.pt", changed(".pt", endless)),
-            ("sparse weights", "linear.weight", changed(".pt", replaced("linear.weight", lambda t: t.to_sparse()))),
-            ("weights without data", "linear.weight", changed(".pt", replaced("linear.weight", lambda t: t.to("meta")))),
+            (
+                "sparse weights",
+                "linear.weight",
+                changed(".pt", replaced("linear.weight", lambda t: t.to_sparse())),
+            ),
+            (
+                "weights without data",
+                "linear.weight",
+                changed(".pt", replaced("linear.weight", lambda t: t.to("meta"))),
+            ),
             (
                 "quantized weights",
                 "linear.weight",
@@ -224,8 +251,15 @@ WEIGHTS = cases(
                     zipfile.ZIP_STORED,
                 ),
             ),
-            ("a payload in a tar", "bad.pt", write("bad.pt", b"pickle" + b"\0" * 506 + pickle.dumps(Payload()))),
-            *((f"cut after {size:g}", "bad.pt", cut("weights.pt", "bad.pt", size)) for size in (2, 0.2, 0.5, 0.99)),
+            (
+                "a payload in a tar",
+                "bad.pt",
+                write("bad.pt", b"pickle" + b"\0" * 506 + pickle.dumps(Payload())),
+            ),
+            *(
+                (f"cut after {size:g}", "bad.pt", cut("weights.pt", "bad.pt", size))
+                for size in (2, 0.2, 0.5, 0.99)
+            ),
         )
     ),
 )
@@ -268,7 +302,9 @@ def tree(**files: bytes) -> Maker:
     def make(folder: Path) -> None:
         (folder / "set").mkdir()
         for name, content in files.items():
-            write("set/" + name.replace("__", "/").replace("_png", ".png").replace("_csv", ".csv"), content)(folder)
+            write("set/" + name.replace("__", "/").replace("_png", ".png").replace("_csv", ".csv"), content)(
+                folder
+            )
 
     return make
 
@@ -283,7 +319,11 @@ def made(metadata: object = None, images: torch.Tensor | None = None, name: str 
     def make(folder: Path) -> None:
         (folder / "set").mkdir()
         tensors = {name: torch.zeros(4, 3, 8, 8) if images is None else images}
-        about = None if metadata is None else {"spec": metadata if isinstance(metadata, str) else json.dumps(metadata)}
+        about = (
+            None
+            if metadata is None
+            else {"spec": metadata if isinstance(metadata, str) else json.dumps(metadata)}
+        )
         save_file(tensors, folder / "set/images.safetensors", about)
 
     return make
@@ -331,24 +371,85 @@ DATA = cases(
             ("of labels in rows", NPZ, "(2, 2)", arrays(images=U8, labels=ANY.reshape(2, 2))),
             ("of labels below zero", NPZ, "-1", arrays(images=U8, labels=ANY - 1)),
             ("of labels beyond the classes", NPZ, "labels 3 to 6", arrays(images=U8, labels=ANY + 3)),
-            ("of labels beyond all numbers", NPZ, "labels", arrays(images=U8, labels=np.full(4, 2**64 - 1, np.uint64))),
+            (
+                "of labels beyond all numbers",
+                NPZ,
+                "labels",
+                arrays(images=U8, labels=np.full(4, 2**64 - 1, np.uint64)),
+            ),
             ("of objects", NPZ, "bad.npz", arrays(images=np.array([Payload()], object), labels=ANY)),
-            ("of labels with a payload", NPZ, "bad.npz", arrays(images=U8, labels=np.array([Payload()] * 4, object))),
-            ("that is a single array", NPZ, "single array", lambda f: (f / "bad.npz").write_bytes(array_file("{'descr': '|u1', 'fortran_order': False, 'shape': (2,), }", b"ab"))),
+            (
+                "of labels with a payload",
+                NPZ,
+                "bad.npz",
+                arrays(images=U8, labels=np.array([Payload()] * 4, object)),
+            ),
+            (
+                "that is a single array",
+                NPZ,
+                "single array",
+                lambda f: (f / "bad.npz").write_bytes(
+                    array_file("{'descr': '|u1', 'fortran_order': False, 'shape': (2,), }", b"ab")
+                ),
+            ),
             ("that is a pickle", NPZ, "bad.npz", write("bad.npz", pickle.dumps(Payload()))),
             ("that is empty", NPZ, "bad.npz", write("bad.npz", b"")),
             ("that is a text", NPZ, "bad.npz", write("bad.npz", "images")),
             ("that is cut", NPZ, "bad.npz", cut("labelled.npz", "bad.npz", 0.6)),
-            ("that executes its head", GIVEN + "bad.npz", "bad.npz", npz_header(f"__import__('os').system('touch {MARKER}')")),
+            (
+                "that executes its head",
+                GIVEN + "bad.npz",
+                "bad.npz",
+                npz_header(f"__import__('os').system('touch {MARKER}')"),
+            ),
             ("of a head that is no dictionary", GIVEN + "bad.npz", "bad.npz", npz_header("[1, 2]")),
-            ("of a shape beyond the file", GIVEN + "bad.npz", "bad.npz", npz_header("{'descr': '|u1', 'fortran_order': False, 'shape': (9, 8, 8, 3), }", b"abc")),
-            ("of a shape beyond all memory", GIVEN + "bad.npz", "bad.npz", npz_header("{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999999, 8, 8, 3), }", b"abc")),
-            ("of a shape below zero", GIVEN + "bad.npz", "bad.npz", npz_header("{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 8, 8, 3), }", b"abc")),
-            ("of a shape beyond all numbers", GIVEN + "bad.npz", "bad.npz", npz_header("{'descr': '|u1', 'fortran_order': False, 'shape': (" + "9" * 40 + ",), }", b"abc")),
-            ("of an unknown type", GIVEN + "bad.npz", "bad.npz", npz_header("{'descr': 'bad', 'fortran_order': False, 'shape': (2,), }", b"ab")),
-            ("of a head beyond the file", GIVEN + "bad.npz", "bad.npz", zip_of("bad.npz", {"images.npy": b"\x93NUMPY\x01\x00\xff\xff{"})),
+            (
+                "of a shape beyond the file",
+                GIVEN + "bad.npz",
+                "bad.npz",
+                npz_header("{'descr': '|u1', 'fortran_order': False, 'shape': (9, 8, 8, 3), }", b"abc"),
+            ),
+            (
+                "of a shape beyond all memory",
+                GIVEN + "bad.npz",
+                "bad.npz",
+                npz_header(
+                    "{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999999, 8, 8, 3), }", b"abc"
+                ),
+            ),
+            (
+                "of a shape below zero",
+                GIVEN + "bad.npz",
+                "bad.npz",
+                npz_header("{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 8, 8, 3), }", b"abc"),
+            ),
+            (
+                "of a shape beyond all numbers",
+                GIVEN + "bad.npz",
+                "bad.npz",
+                npz_header(
+                    "{'descr': '|u1', 'fortran_order': False, 'shape': (" + "9" * 40 + ",), }", b"abc"
+                ),
+            ),
+            (
+                "of an unknown type",
+                GIVEN + "bad.npz",
+                "bad.npz",
+                npz_header("{'descr': 'bad', 'fortran_order': False, 'shape': (2,), }", b"ab"),
+            ),
+            (
+                "of a head beyond the file",
+                GIVEN + "bad.npz",
+                "bad.npz",
+                zip_of("bad.npz", {"images.npy": b"\x93NUMPY\x01\x00\xff\xff{"}),
+            ),
             ("that unpacks to 300 megabytes", GIVEN + "bad.npz", "bad.npz", bomb),
-            ("that declares four gigabytes", GIVEN + "bad.npz", "bad.npz", with_sizes("bad.npz", arrays(images=U8), "images.npy", 2**32 - 2)),
+            (
+                "that declares four gigabytes",
+                GIVEN + "bad.npz",
+                "bad.npz",
+                with_sizes("bad.npz", arrays(images=U8), "images.npy", 2**32 - 2),
+            ),
         )
     ),
     *(
@@ -356,7 +457,12 @@ DATA = cases(
         for name, call, says, make in (
             ("that is empty", ZIP, "bad.zip", write("bad.zip", b"")),
             ("that is a text", ZIP, "bad.zip", write("bad.zip", "a.png,3")),
-            ("that is cut", ZIP, "bad.zip", lambda f: (zip_of("all.zip", listed("a.png,0"))(f), cut("all.zip", "bad.zip", 0.7)(f))),
+            (
+                "that is cut",
+                ZIP,
+                "bad.zip",
+                lambda f: (zip_of("all.zip", listed("a.png,0"))(f), cut("all.zip", "bad.zip", 0.7)(f)),
+            ),
             ("of nothing", ZIP, "labels.csv", zip_of("bad.zip", {})),
             ("without labels", ZIP, "labels.csv", zip_of("bad.zip", {"a.png": picture()})),
             ("of no rows", ZIP, "no images", zip_of("bad.zip", listed())),
@@ -367,20 +473,83 @@ DATA = cases(
             ("of a row without a label", ZIP, "Line 2", zip_of("bad.zip", listed("a.png"))),
             ("of a picture twice", ZIP, "again", zip_of("bad.zip", listed("a.png,0", "a.png,1"))),
             ("of a picture that is not there", ZIP, "b.png", zip_of("bad.zip", listed("b.png,0"))),
-            ("of labels in other letters", ZIP, "labels.csv", zip_of("bad.zip", {"labels.csv": b"\xff\xfe\x00f", "a.png": b""})),
-            ("of a label of many letters", ZIP, "labels.csv", zip_of("bad.zip", listed("a.png," + "9" * 200_000))),
-            ("of two tables", ZIP, "more than one", zip_of("bad.zip", {"a/labels.csv": labels(), "b/labels.csv": labels()})),
+            (
+                "of labels in other letters",
+                ZIP,
+                "labels.csv",
+                zip_of("bad.zip", {"labels.csv": b"\xff\xfe\x00f", "a.png": b""}),
+            ),
+            (
+                "of a label of many letters",
+                ZIP,
+                "labels.csv",
+                zip_of("bad.zip", listed("a.png," + "9" * 200_000)),
+            ),
+            (
+                "of two tables",
+                ZIP,
+                "more than one",
+                zip_of("bad.zip", {"a/labels.csv": labels(), "b/labels.csv": labels()}),
+            ),
             ("that points above itself", ZIP, "../weights.pt", zip_of("bad.zip", listed("../weights.pt,0"))),
             ("that points to the root", ZIP, "/etc/passwd", zip_of("bad.zip", listed("/etc/passwd,0"))),
-            ("of a picture that is none", ZIP, "a.png", zip_of("bad.zip", {**listed("a.png,0"), "a.png": b"not a picture"})),
-            ("of a picture that is cut", ZIP, "a.png", zip_of("bad.zip", {**listed("a.png,0"), "a.png": picture()[:40]})),
-            ("of a picture with 10^10 pixels", ZIP, "a.png", zip_of("bad.zip", {**listed("a.png,0"), "a.png": wide_png(100_000, 100_000)})),
-            ("of a picture of PostScript", ZIP, "a.png", zip_of("bad.zip", {**listed("a.png,0"), "a.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"})),
-            ("of a picture in 32 bits", ZIP, "a.png", zip_of("bad.zip", {**listed("a.png,0"), "a.png": picture("TIFF", "F")})),
-            ("that declares four gigabytes", ZIP, "4294967294", with_sizes("bad.zip", zip_of("bad.zip", listed("a.png,0")), "a.png", 2**32 - 2)),
-            ("whose table declares a gigabyte", ZIP, "1073741824", with_sizes("bad.zip", zip_of("bad.zip", listed("a.png,0")), "labels.csv", 2**30)),
-            ("of images without pictures", GIVEN + "bad.zip", "no images", zip_of("bad.zip", {"a.txt": b"a"})),
-            ("of images, one broken", GIVEN + "bad.zip", "b.png", zip_of("bad.zip", {"a.png": picture(), "b.png": b"?"})),
+            (
+                "of a picture that is none",
+                ZIP,
+                "a.png",
+                zip_of("bad.zip", {**listed("a.png,0"), "a.png": b"not a picture"}),
+            ),
+            (
+                "of a picture that is cut",
+                ZIP,
+                "a.png",
+                zip_of("bad.zip", {**listed("a.png,0"), "a.png": picture()[:40]}),
+            ),
+            (
+                "of a picture with 10^10 pixels",
+                ZIP,
+                "a.png",
+                zip_of("bad.zip", {**listed("a.png,0"), "a.png": wide_png(100_000, 100_000)}),
+            ),
+            (
+                "of a picture of PostScript",
+                ZIP,
+                "a.png",
+                zip_of(
+                    "bad.zip",
+                    {**listed("a.png,0"), "a.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"},
+                ),
+            ),
+            (
+                "of a picture in 32 bits",
+                ZIP,
+                "a.png",
+                zip_of("bad.zip", {**listed("a.png,0"), "a.png": picture("TIFF", "F")}),
+            ),
+            (
+                "that declares four gigabytes",
+                ZIP,
+                "4294967294",
+                with_sizes("bad.zip", zip_of("bad.zip", listed("a.png,0")), "a.png", 2**32 - 2),
+            ),
+            (
+                "whose table declares a gigabyte",
+                ZIP,
+                "1073741824",
+                with_sizes("bad.zip", zip_of("bad.zip", listed("a.png,0")), "labels.csv", 2**30),
+            ),
+            (
+                "of images without pictures",
+                GIVEN + "bad.zip",
+                "no images",
+                zip_of("bad.zip", {"a.txt": b"a"}),
+            ),
+            (
+                "of images, one broken",
+                GIVEN + "bad.zip",
+                "b.png",
+                zip_of("bad.zip", {"a.png": picture(), "b.png": b"?"}),
+            ),
         )
     ),
     *(
@@ -391,12 +560,36 @@ DATA = cases(
             ("of empty classes", FOLDER, "no images", tree(cat__a=b"", dog__b=b"")),
             ("of splits", FOLDER, "train", tree(train__a_png=picture(), test__a_png=picture())),
             ("of a broken picture", FOLDER, "a.png", tree(cat__a_png=b"?")),
-            ("of too many classes", FOLDER, "labels 0 to 6", tree(**{f"c{k}__a_png": picture() for k in range(7)})),
-            ("whose table points above", FOLDER, "../weights.pt", tree(labels_csv=labels("../weights.pt,0"), a_png=picture())),
+            (
+                "of too many classes",
+                FOLDER,
+                "labels 0 to 6",
+                tree(**{f"c{k}__a_png": picture() for k in range(7)}),
+            ),
+            (
+                "whose table points above",
+                FOLDER,
+                "../weights.pt",
+                tree(labels_csv=labels("../weights.pt,0"), a_png=picture()),
+            ),
             ("whose table is a picture", FOLDER, "labels.csv", tree(labels_csv=picture(), a_png=picture())),
             ("of no pictures", GIVEN + "set", "no images", tree(a=b"")),
-            ("whose picture is a folder", GIVEN + "set", "no images", lambda f: (f / "set/a.png/b").mkdir(parents=True)),
-            ("whose picture is a link to nothing", GIVEN + "set", "a.png", lambda f: (tree(b_png=picture())(f), (f / "set/c").mkdir(), (f / "set/c/a.png").symlink_to("gone"))),
+            (
+                "whose picture is a folder",
+                GIVEN + "set",
+                "no images",
+                lambda f: (f / "set/a.png/b").mkdir(parents=True),
+            ),
+            (
+                "whose picture is a link to nothing",
+                GIVEN + "set",
+                "a.png",
+                lambda f: (
+                    tree(b_png=picture())(f),
+                    (f / "set/c").mkdir(),
+                    (f / "set/c/a.png").symlink_to("gone"),
+                ),
+            ),
         )
     ),
     *(
@@ -413,8 +606,12 @@ DATA = cases(
             ("whose mean is a text", "images.safetensors", made({"mean": "dark"})),
             ("of two means", "images.safetensors", made({"mean": [0.5, 0.5], "std": [1, 1]})),
             ("whose std is null", "images.safetensors", made({"std": None})),
-            ("whose mean is infinite", "NaN", made({"mean": [1e39, 0, 0]})),
-            ("that are cut", "images.safetensors", lambda f: (made()(f), cut("set/images.safetensors", "set/images.safetensors", 0.5)(f))),
+            ("whose mean is infinite", "1e+39", made({"mean": [1e39, 0, 0]})),
+            (
+                "that are cut",
+                "images.safetensors",
+                lambda f: (made()(f), cut("set/images.safetensors", "set/images.safetensors", 0.5)(f)),
+            ),
         )
     ),
 )

@@ -51,7 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     "budget": GROUND | SETTINGS,
     "progress": set(),
     "student": GROUND | {"graph", "quant"},
-    "run": GROUND | MODELS | {"images", "student"},
+    "run": GROUND | MODELS | {"images", "student", "run_record"},
+    "run_record": {"errors"},
     "without_images": GROUND | SETTINGS | {"graph", "quant", "images", "recover"},
     "student_images": GROUND
     | MODELS

@@ -78,7 +78,7 @@ def read_bench(path: Path) -> Bench:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"The benchmark file {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"The benchmark file {path} is not valid TOML: {error}.") from error
     top = _Fields(content, str(path))
     shared_bits = top.take("bits", TEXTS, [])

@@ -98,7 +98,9 @@ def _check_size(archive: Any, name: str, path: Path) -> None:
         version = np.lib.format.read_magic(file)
         if version not in ((1, 0), (2, 0)):
             raise ValueError(f"{name} has the array format {version}")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
         shape, _, dtype = read(file)
         if dtype.hasobject:
             raise ValueError(f"{name} holds pickled objects")

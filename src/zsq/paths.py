@@ -9,8 +9,8 @@ def user_path(text: str | Path, what: str) -> Path:
     """The path that `text` stands for, with ~ for the home folder; nothing need be there.
 
     Raises:
-        UsageError: it cannot be looked at: a name that is too long or holds a zero byte, links in a circle, an
-            unknown user's home, a folder that may not be searched.
+        UsageError: it cannot be looked at: a name that is too long or holds a zero byte, links in a circle,
+            an unknown user's home, a folder that may not be searched.
     """
     try:
         path = Path(text).expanduser()

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -22,6 +23,7 @@ from zsq.errors import JobError, UsageError
 from zsq.images.contact_sheet import contact_sheet
 from zsq.models import ModelSpec
 from zsq.paths import check_output
+from zsq.run_record import check_record
 from zsq.student import student_from_file, student_to_bytes
 
 FORMAT = 1
@@ -237,6 +239,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else None
         raise UsageError(f"{path} has format {found!r}; this version of zsq reads format {FORMAT}.")
+    check_record(record, str(path))
     return record
 
 
@@ -261,10 +264,18 @@ def load_run(path: str | Path) -> Run:
         prompts = _read_json_lines(folder / PROMPTS) if (folder / PROMPTS).exists() else []
         found = folder / INSPECTION
         inspection = json.loads(found.read_text(encoding="utf-8")) if found.exists() else None
+        _check_images(images, labels, spec)
     except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise UsageError(f"The run folder {folder} is incomplete or damaged: {error}.") from error
-    student = student_from_file(folder / STUDENT)
+    student = student_from_file(folder / STUDENT, spec.input_size)
     return Run(student, record, images, spec, metrics, labels, prompts, inspection)
+
+
+def _check_images(images: Tensor, labels: Tensor | None, spec: ModelSpec) -> None:
+    if tuple(images.shape[1:]) != spec.input_size or not images.is_floating_point():
+        raise ValueError(f"its images are {images.dtype} of shape {tuple(images.shape)}")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype != torch.int64):
+        raise ValueError(f"its labels are {labels.dtype} of shape {tuple(labels.shape)}")
 
 
 def is_run_folder(path: str | Path) -> bool:

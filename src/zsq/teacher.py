@@ -174,8 +174,8 @@ def _frozen(module: nn.Module, notes: list[str]) -> nn.Module:
     values = (*network.parameters(), *network.buffers())
     if any(is_lazy(value) for value in values):
         raise UsageError(
-            "The model has lazy layers, whose weights have no shape before the first image. Run it once on an "
-            "image where it is made, before its weights are loaded."
+            "The model has lazy layers, whose weights have no shape before the first image. Run it once on "
+            "an image where it is made, before its weights are loaded."
         )
     formats = sorted(
         {str(v.dtype).removeprefix("torch.") for v in values if v.is_floating_point()} - {"float32"}

@@ -148,8 +148,8 @@ def _unwrap(content: object, path: Path) -> tuple[dict[str, Tensor], tuple[str, 
     while isinstance(content, Mapping):
         if len(opened) == _DEPTH:
             raise UsageError(
-                f"The weights file {path} holds a dictionary in a dictionary more than {_DEPTH} times, or one "
-                "that holds itself. Save the state dict alone: torch.save(model.state_dict(), FILE)."
+                f"The weights file {path} holds a dictionary in a dictionary more than {_DEPTH} times, or "
+                "one that holds itself. Save the state dict alone: torch.save(model.state_dict(), FILE)."
             )
         found = [key for key in WRAPPERS if _holds_tensors(content.get(key))]
         if not found:
@@ -222,6 +222,6 @@ def _check_fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], pa
     ]
     if not_float:
         raise UsageError(
-            f"The weights in {path} are not all plain floating-point numbers: {first_few(not_float)}. zsq starts "
-            "from the full-precision model; give its weights as float32, float16 or bfloat16."
+            f"The weights in {path} are not all plain floating-point numbers: {first_few(not_float)}. zsq "
+            "starts from the full-precision model; give its weights as float32, float16 or bfloat16."
         )

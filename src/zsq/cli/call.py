@@ -84,6 +84,6 @@ def _complain(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """A message as one paragraph; what a terminal would obey, such as colours in a file's name, is escaped."""
+    """A message as one paragraph; what a terminal would obey, as colours in a file's name, is escaped."""
     words = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)

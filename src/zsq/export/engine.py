@@ -113,8 +113,7 @@ def open_engine(path: str | Path) -> EngineFile:
     """Load an exported file with the session options written beside it.
 
     Raises:
-        UsageError: it cannot be read, or zsq did not write it.
-        JobError: the runtime does not load it.
+        UsageError: it cannot be read, the runtime does not load it, or zsq did not write it.
     """
     file = Path(path)
     import_extra("onnxruntime", EXTRA)
@@ -122,7 +121,11 @@ def open_engine(path: str | Path) -> EngineFile:
         content = file.read_bytes()
     except OSError as error:
         raise UsageError(f"The file {file} cannot be read: {error.strerror}.") from error
-    model = EngineModel(content, _options_beside(file))
+    options = _options_beside(file)
+    try:
+        model = EngineModel(content, options)
+    except JobError as error:
+        raise UsageError(f"{file} is not an ONNX file that runs here. {error}") from error
     try:
         spec = spec_from_json(json.loads(model.metadata["zsq.preprocessing"]))
     except (KeyError, TypeError, ValueError) as error:
