@@ -1,4 +1,4 @@
-"""Damaged run folders and exports, fuzzed records, wrong places: exit code 2, one paragraph, nothing written."""
+"""Damaged run folders and exports, fuzzed records, wrong places: exit code 2, one paragraph, no change."""
 
 import copy
 import json

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
@@ -24,10 +25,12 @@ from zsq.recipe import Recipe, describe
 from zsq.run import (
     FORMAT,
     STATE,
+    Run,
     State,
     StateFolder,
     claim_folder,
     is_run_folder,
+    load_run,
     read_record,
     temporary_files,
     write_record,
@@ -71,6 +74,27 @@ def identity_of(
     }
     result: dict[str, Any] = json.loads(json.dumps(identity))
     return result
+
+
+def finished_run(
+    folder: Path | None, identity: dict[str, Any], *, force: bool, command: str | None
+) -> Run | None:
+    """The run that the same command has finished in `folder`, if it was killed after that or is given again.
+
+    Raises:
+        UsageError: the run is damaged.
+    """
+    if folder is None or force or command is None or not is_run_folder(folder):
+        return None
+    record = read_record(folder)
+    if record.get("status") != "done" or record.get("command") != command:
+        return None
+    if any(record.get(key) != value for key, value in identity.items()):
+        return None
+    run = load_run(folder)
+    shutil.rmtree(folder / STATE, ignore_errors=True)
+    logger.info("This command has finished already: %s is as it was.", folder)
+    return run
 
 
 @contextmanager
