@@ -133,7 +133,7 @@ def test_killed_at_any_instant(name: str, server: Server, tmp_path: Path) -> Non
         trial += 1
         assert trial < 20 + 4 * wanted, "the runs end before they are killed"
         out = tmp_path / f"trial-{trial}"
-        at: dict[str, Any] = {**instant(family, index + kills, rng)}
+        at: dict[str, Any] = {**instant(family, index + trial, rng)}
         killed = server.call(out, family.arguments, **at)["killed"]
         if killed and rng.random() < 0.3:  # and once more
             again = server.call(out, family.arguments, seconds=rng.random() * family.seconds)

@@ -14,6 +14,7 @@ from zsq.bench_row import IMAGES, WORK, Say, fill_row, is_complete, measure, wor
 from zsq.bench_table import MARK, NetworkResults, summarise, to_markdown
 from zsq.errors import JobError, UsageError, ZsqError
 from zsq.paths import check_output
+from zsq.resume import held
 from zsq.run import write_atomic
 
 ROWS, FLOAT, TABLE, RESULTS = "rows.jsonl", "float.json", "table.md", "results.json"
@@ -45,7 +46,8 @@ def run_bench(
         The folder, with rows.jsonl, table.md and results.json.
 
     Raises:
-        UsageError: the file, or a path or setting in it, is wrong (nothing was computed).
+        UsageError: the file, or a path or setting in it, is wrong (nothing was computed), or another process is
+            at work on the folder.
         JobError: some rows failed; all others are done.
     """
     bench = read_bench(Path(path))
@@ -53,6 +55,24 @@ def run_bench(
     copy_at = Path(write) if write is not None else None
     _check_outputs(folder, copy_at)
     plans = [plan_network(bench, network) for network in bench.networks]
+    command = ["zsq", "bench", str(path), *(["--out", str(out)] if out is not None else [])]
+    command += ["--write", str(write)] if write is not None else []
+    with held(folder):
+        return _fill_table(bench, plans, Path(path), folder, copy_at, command, jobs=jobs, progress=progress)
+
+
+def _fill_table(
+    bench: Bench,
+    plans: list[Plan],
+    path: Path,
+    folder: Path,
+    copy_at: Path | None,
+    command: list[str],
+    *,
+    jobs: int,
+    progress: Say,
+) -> Path:
+    """Do what is left of a benchmark; arguments and errors as for `run_bench`."""
     for leftover in (*folder.glob(".*.????????"), *(folder / IMAGES).glob(".*.????????")):
         leftover.unlink(missing_ok=True)  # of a killed write
     finished, floats = _read_rows(folder / ROWS), _read_json(folder / FLOAT)
@@ -62,8 +82,6 @@ def run_bench(
             for job in plan.jobs
             if job.key in finished and is_complete(finished[job.key], plan)
         }
-    command = ["zsq", "bench", str(path), *(["--out", str(out)] if out is not None else [])]
-    command += ["--write", str(write)] if write is not None else []
     header = _header(bench, shlex.join(command))
     total, done = sum(len(plan.jobs) for plan in plans), sum(len(plan.rows) for plan in plans)
     progress(f"{bench.name}: {total} rows, {done} of them finished before")

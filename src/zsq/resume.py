@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zsq._version import __version__
 from zsq.distributed import Group
-from zsq.errors import UsageError
+from zsq.errors import JobError, UsageError
 from zsq.models import Teacher
 from zsq.paths import check_output
 from zsq.recipe import Recipe, describe
@@ -108,18 +108,19 @@ def open_state(
 
     Raises:
         UsageError: the folder holds something else, or another process is at work on it.
+        JobError: it cannot be written.
     """
     if folder is None:
         yield {}
         return
     with ExitStack() as stack:
-        group.first(lambda: stack.enter_context(_held(folder)))
+        group.first(lambda: stack.enter_context(held(folder)))
         state = group.first(lambda: _state_on_disk(folder, identity, force=force, command=command))
         yield group.pieces_of_first({} if state is None else state)
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def held(folder: Path) -> Iterator[None]:
     """Keep a folder for this process; the operating system gives it back when the process ends, however.
 
     Raises:
@@ -129,7 +130,7 @@ def _held(folder: Path) -> Iterator[None]:
     if fcntl is None or folder.is_file():
         yield
         return
-    made = not folder.exists()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -148,9 +149,9 @@ def _held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-        if made:
-            with suppress(OSError):
-                folder.rmdir()  # only if nothing was written
+        with suppress(OSError):
+            for path in missing:
+                path.rmdir()  # only if nothing was written
 
 
 def _state_on_disk(folder: Path, identity: dict[str, Any], *, force: bool, command: str | None) -> State:
@@ -164,8 +165,14 @@ def _state_on_disk(folder: Path, identity: dict[str, Any], *, force: bool, comma
     if record.get("status") == "running":
         different = [key for key in identity if record.get(key) != identity[key]]
         if not different:  # also with `force`: the command that is continued may have had it
-            for path in temporary_files(folder):
-                path.unlink(missing_ok=True)
+            try:
+                for path in temporary_files(folder):
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                raise JobError(
+                    f"The run in {folder} cannot go on: {error.strerror or error}. Nothing of it was changed; "
+                    "make the folder writable, then give the same command again."
+                ) from error
             return StateFolder(folder / STATE)
         if not force:
             own = f" ({record['command']})" if record.get("command") else ""

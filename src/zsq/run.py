@@ -1,6 +1,7 @@
 """The run folder: what a run leaves behind, atomic writes, and the state from which a killed run goes on."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -70,9 +71,11 @@ def write_atomic(path: Path, content: bytes) -> None:
                 os.unlink(temporary)
         if not isinstance(error, OSError):
             raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise JobError(
             f"{path} could not be written: {error.strerror or error}. What was finished before is kept; "
-            "free some space or choose another --out, then give the same command again."
+            f"{'free some space' if full else 'make the folder writable'} or choose another --out, then give "
+            "the same command again."
         ) from error
 
 
@@ -124,23 +127,31 @@ class StateFolder(MutableMapping[str, dict[str, Tensor]]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._written: set[str] = set()  # by this process, which counts on them
 
     def __getitem__(self, key: str) -> dict[str, Tensor]:
         try:
             content = self._file(key).read_bytes()
-        except OSError as error:
-            raise KeyError(key) from error
-        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-            raise KeyError(key)
-        return load_safetensors(content[:-32])
+        except OSError:
+            content = b""
+        if hashlib.sha256(content[:-32]).digest() == content[-32:]:
+            return load_safetensors(content[:-32])
+        if key in self._written:
+            raise JobError(
+                f"{self._file(key)}, which this run wrote, was removed or damaged while it was at work. The same "
+                "command goes on from what is left."
+            )
+        raise KeyError(key)
 
     def __setitem__(self, key: str, tensors: dict[str, Tensor]) -> None:
         plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
         content = save_safetensors(plain)
         write_atomic(self._file(key), content + hashlib.sha256(content).digest())
+        self._written.add(key)
 
     def __delitem__(self, key: str) -> None:
         self._file(key).unlink()
+        self._written.discard(key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(p.stem for p in self.path.glob("*.piece") if not p.name.startswith(".")))

@@ -1,6 +1,7 @@
 """The command line: each command reads its arguments, makes one Python call and shows what came of it."""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -27,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # the first process of a job speaks for all
     begin_call(given)
     keep_freed_memory()
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # else Ctrl-C is somebody else's, or ignored in the background
+        signal.signal(signal.SIGINT, _stop)
     try:
         code = typer.main.get_command(app).main(args=given, prog_name="zsq", standalone_mode=False)
     except KeyboardInterrupt:
@@ -35,7 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not hasattr(error, "format_message"):  # else one of typer's own, whose class is not public
             raise
         code = refused(error)
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
     sys.exit(code or 0)
+
+
+def _stop(number: int, frame: object) -> None:
+    """Stop in order at the first Ctrl-C; a second one ends the process at once, as the system does it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
 
 
 def _print_version(value: bool) -> None:
