@@ -83,8 +83,9 @@ class Server:
         Args:
             folder: for the command.
             arguments: after `zsq`.
-            at: when to kill it: `seconds`; or `stage` with `seconds` after its first line; or `write`, the number
-                of the temporary file at whose sight it is killed. `number`: the signal, by default SIGKILL.
+            at: when to kill it: `seconds`; or `stage` with `seconds` after its first line; or `write`, the
+                number of the temporary file at whose sight it is killed. `number`: the signal, by default
+                SIGKILL. `limit`: bytes that no file may exceed.
 
         Returns:
             "killed": whether it was; "code": exit code if not; "seconds"; "stages": {name: begin in seconds}.

@@ -46,8 +46,8 @@ def run_bench(
         The folder, with rows.jsonl, table.md and results.json.
 
     Raises:
-        UsageError: the file, or a path or setting in it, is wrong (nothing was computed), or another process is
-            at work on the folder.
+        UsageError: the file, or a path or setting in it, is wrong (nothing was computed), or another process
+            is at work on the folder.
         JobError: some rows failed; all others are done.
     """
     bench = read_bench(Path(path))

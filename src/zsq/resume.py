@@ -82,7 +82,7 @@ def finished_run(
     """The run that the same command has finished in `folder`, if it was killed after that or is given again.
 
     Raises:
-        UsageError: the run is damaged.
+        UsageError: the run is damaged, or another process is at work on it.
     """
     if folder is None or force or command is None or not is_run_folder(folder):
         return None
@@ -92,7 +92,10 @@ def finished_run(
     if any(record.get(key) != value for key, value in identity.items()):
         return None
     run = load_run(folder)
-    shutil.rmtree(folder / STATE, ignore_errors=True)
+    with held(folder), suppress(OSError):  # a folder that is only read keeps what a killed process left
+        shutil.rmtree(folder / STATE, ignore_errors=True)
+        for path in temporary_files(folder):
+            path.unlink(missing_ok=True)
     logger.info("This command has finished already: %s is as it was.", folder)
     return run
 
@@ -170,7 +173,7 @@ def _state_on_disk(folder: Path, identity: dict[str, Any], *, force: bool, comma
                     path.unlink(missing_ok=True)
             except OSError as error:
                 raise JobError(
-                    f"The run in {folder} cannot go on: {error.strerror or error}. Nothing of it was changed; "
+                    f"The run in {folder} cannot go on: {error.strerror or error}. Nothing was changed; "
                     "make the folder writable, then give the same command again."
                 ) from error
             return StateFolder(folder / STATE)

@@ -138,8 +138,8 @@ class StateFolder(MutableMapping[str, dict[str, Tensor]]):
             return load_safetensors(content[:-32])
         if key in self._written:
             raise JobError(
-                f"{self._file(key)}, which this run wrote, was removed or damaged while it was at work. The same "
-                "command goes on from what is left."
+                f"{self._file(key)}, which this run wrote, was removed or damaged while it was at work. The "
+                "same command goes on from what is left."
             )
         raise KeyError(key)
 
