@@ -3,6 +3,7 @@
 import io
 import shlex
 import shutil
+import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ def negative():
     return net
 """
 SMALL = ("nets.py:small", "--input-size", "3,8,8")
+MARKER = "executed.txt"  # what code in a file would make
+Maker = Callable[[Path], object]
 FAST = ("--recipe", "noise-nearest", "--set", "synthesis.num_images=8")
 
 
@@ -102,7 +105,7 @@ class Case:
     name: str
     call: str
     says: str
-    make: Callable[[Path], object] = nothing
+    make: Maker = nothing
 
     def arguments(self) -> list[str]:
         """The call in words."""
@@ -150,6 +153,7 @@ def check(case: Case, place: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
     text = one_paragraph(err)
     assert code == 2, text
     assert case.says in text, text
+    assert not (folder / MARKER).exists()
     assert snapshot(folder) == before
     return text
 
@@ -175,12 +179,38 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
     return found
 
 
-def write(name: str, content: str | bytes) -> Callable[[Path], object]:
+def write(name: str, content: str | bytes) -> Maker:
     """A maker of one file."""
     data = content.encode() if isinstance(content, str) else content
 
     def make(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
+
+    return make
+
+
+class Payload:
+    """An object that makes a file when its pickle is loaded by execution."""
+
+    def __reduce__(self) -> Any:
+        return open, (MARKER, "w")
+
+
+def cut(name: str, to: str, size: float) -> Maker:
+    """The first part of a file: a share of it, or so many bytes."""
+
+    def make(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / to).write_bytes(content[: int(size * len(content)) if 0 < size < 1 else int(size)])
+
+    return make
+
+
+def zip_of(name: str, files: dict[str, bytes], kind: int = zipfile.ZIP_DEFLATED) -> Maker:
+    def make(folder: Path) -> None:
+        with zipfile.ZipFile(folder / name, "w", kind) as archive:
+            for member, content in files.items():
+                archive.writestr(member, content)
 
     return make

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from bad_input import Case, cases, check, make_place, write
+from bad_input import Case, cases, check, write
 
 GOOD = """
 name = "small"
@@ -27,11 +27,6 @@ name = "noise-nearest"
 def edited(old: str, new: str) -> str:
     assert old in GOOD
     return GOOD.replace(old, new, 1)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_place(tmp_path_factory.mktemp("place"))
 
 
 TEXTS = (

@@ -6,14 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from bad_input import Case, cases, check, make_place, one_paragraph, snapshot, write
+from bad_input import Case, cases, check, one_paragraph, snapshot, write
 
 LONG = "x" * 5000
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_place(tmp_path_factory.mktemp("place"))
 
 
 OPTIONS = cases(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_input import FAST, SMALL, make_place, one_paragraph, run_command, snapshot
+from bad_input import FAST, SMALL, one_paragraph, run_command, snapshot
 from killing import LOG, Server
 from quantization_networks import Residual, teacher
 from test_kills import Family, results, undisturbed
@@ -30,9 +30,9 @@ STUBBORN = """
 import time
 
 def stubborn():
-    print("begun", flush=True)
     while True:
         try:
+            print("begun", flush=True)
             time.sleep(60)
         except KeyboardInterrupt:
             print("not yet", flush=True)
@@ -54,11 +54,6 @@ def family(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Family:
 @pytest.fixture(scope="module")
 def model() -> Teacher:
     return teacher(Residual)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_place(tmp_path_factory.mktemp("place"))
 
 
 def goes_on(server: Server, family: Family, folder: Path) -> None:

@@ -163,7 +163,12 @@ def _open(path_or_name: str | Path, spec: ModelSpec, *, labelled: bool) -> Sourc
     text = str(path_or_name)
     path = user_path(text, "data path")
     if text.startswith("hf:"):
-        source = open_hugging_face(text.removeprefix("hf:"), spec, labelled)
+        name = text.removeprefix("hf:")
+        if not _HUB_NAME.fullmatch(name):
+            raise UsageError(
+                f"A Hugging Face dataset is named like hf:user/name or hf:user/name@split, got {text}."
+            )
+        source = open_hugging_face(name, spec, labelled)
     elif path.is_dir() and holds_made_images(path):
         source = open_made_images(path, spec, labelled)
     elif path.is_dir():
