@@ -1,9 +1,11 @@
 """Malformed benchmark files through the command line: exit code 2, one paragraph, nothing written."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
-from bad_input import Case, cases, check, write
+from bad_input import Case, cases, check, run_command, write
 
 GOOD = """
 name = "small"
@@ -127,3 +129,26 @@ CASES = cases(
 @pytest.mark.parametrize("case", CASES)
 def test_files(case: Case, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, place, tmp_path, monkeypatch)
+
+
+ROWS = (
+    "",
+    "{}\n3\n[1]\n",
+    "[" * 100_000,
+    '{"key": [1], "top1": 1, "seconds": {}, "versions": {}, "machine": "", "finished": ""}\n',
+)
+
+
+def test_damaged_rows_are_done_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    quick = edited('name = "noise-nearest"', 'name = "noise-nearest"\nset = { "synthesis.num_images" = 4 }')
+    (tmp_path / "bench.toml").write_text(quick)
+    assert run_command(["bench", "bench.toml", "--out", "o"])[0] == 0
+    row = json.loads((tmp_path / "o/rows.jsonl").read_text())
+    wrong = {"key": 3, "top1": "x", "seconds": [], "versions": None, "machine": {}, "finished": 0}
+    for text in (*(json.dumps({**row, key: value}) for key, value in wrong.items()), *ROWS):
+        (tmp_path / "o/rows.jsonl").write_text(text)
+        (tmp_path / "o/float.json").write_text(text)
+        code, err = run_command(["bench", "bench.toml", "--out", "o"])
+        assert code == 0 and "1 rows, 0 of them finished before" in err, (text[:200], err)

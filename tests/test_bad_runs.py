@@ -4,12 +4,13 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bad_input import Case, cases, check, write
+from bad_input import Case, cases, check, run_command, write
 from safetensors.torch import load_file, save_file
 
 Maker = Callable[[Path], object]
@@ -70,6 +71,19 @@ def shorter(name: str, size: float) -> Maker:
 
 def removed(name: str) -> Maker:
     return lambda folder: (folder / name).unlink()
+
+
+def exported(folder: Path, kind: str, name: str) -> None:
+    """An export of the run as it should be."""
+    assert run_command(["export", "run", "--to", kind, "--out", name])[0] == 0
+
+
+def account(folder: Path, kind: str, **changes: Any) -> None:
+    """An export whose account says something else."""
+    name = "bad.onnx" if kind == "onnx" else "bad.xml"
+    exported(folder, kind, name)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def images(tensors: dict[str, torch.Tensor]) -> Maker:
@@ -213,6 +227,60 @@ FILES = cases(
                 "evaluate bad.onnx --data labelled.npz",
                 "bad.onnx",
                 lambda f: (write("bad.onnx", "x")(f), write("bad.onnx.json", "{")(f)),
+            ),
+            (
+                "an ONNX file that was changed",
+                "evaluate bad.onnx --data labelled.npz",
+                "bad.onnx",
+                lambda f: (exported(f, "onnx", "bad.onnx"), shorter("bad.onnx", 0.9)(f)),
+            ),
+            *(
+                (
+                    f"an ONNX file with options {k}",
+                    "evaluate bad.onnx --data labelled.npz",
+                    "bad.onnx.json",
+                    partial(account, kind="onnx", session=session),
+                )
+                for k, session in enumerate(
+                    (
+                        [],
+                        {"graph_optimization_level": 5, "disabled_optimizers": []},
+                        {"graph_optimization_level": "ORT_NONE", "disabled_optimizers": []},
+                        {"graph_optimization_level": "ORT_ENABLE_ALL", "disabled_optimizers": [3]},
+                        {"graph_optimization_level": "ORT_ENABLE_ALL", "disabled_optimizers": 3},
+                    )
+                )
+            ),
+            (
+                "an IR without its weights",
+                "evaluate bad.xml --data labelled.npz",
+                "bad.xml",
+                lambda f: (exported(f, "openvino", "bad.xml"), (f / "bad.bin").unlink()),
+            ),
+            (
+                "an IR with too few weights",
+                "evaluate bad.xml --data labelled.npz",
+                "bad.xml",
+                lambda f: (exported(f, "openvino", "bad.xml"), shorter("bad.bin", 0.1)(f)),
+            ),
+            (
+                "an IR for other images",
+                "evaluate bad.xml --data labelled.npz",
+                "(3, 9, 9)",
+                partial(
+                    account,
+                    kind="openvino",
+                    **{
+                        "zsq.preprocessing": '{"input_size": [3, 9, 9], "mean": [0, 0, 0], "std": [1, 1, 1], '
+                        '"crop_fraction": 1, "interpolation": "bilinear"}'
+                    },
+                ),
+            ),
+            (
+                "an IR with unknown properties",
+                "evaluate bad.xml --data labelled.npz",
+                "bad.xml",
+                partial(account, kind="openvino", properties={"NO_SUCH": "1"}),
             ),
             ("an IR that is not there", "evaluate gone.xml --data labelled.npz", "gone.xml", lambda f: None),
             (

@@ -16,8 +16,18 @@ from zsq.errors import JobError, UsageError, ZsqError
 from zsq.paths import check_output
 from zsq.resume import held
 from zsq.run import write_atomic
+from zsq.run_record import ACCURACY, NUMBER, TEXT, is_table_with, or_none, table_of
 
 ROWS, FLOAT, TABLE, RESULTS = "rows.jsonl", "float.json", "table.md", "results.json"
+# What the table needs of a finished row.
+ROW = {
+    "key": TEXT,
+    "top1": NUMBER,
+    "seconds": table_of(or_none(NUMBER)),
+    "versions": table_of(TEXT),
+    "machine": TEXT,
+    "finished": TEXT,
+}
 
 
 def run_bench(
@@ -75,7 +85,7 @@ def _fill_table(
     """Do what is left of a benchmark; arguments and errors as for `run_bench`."""
     for leftover in (*folder.glob(".*.????????"), *(folder / IMAGES).glob(".*.????????")):
         leftover.unlink(missing_ok=True)  # of a killed write
-    finished, floats = _read_rows(folder / ROWS), _read_json(folder / FLOAT)
+    finished, floats = _read_rows(folder / ROWS), _read_floats(folder / FLOAT)
     for plan in plans:
         plan.rows = {
             job.cell: finished[job.key]
@@ -228,13 +238,12 @@ def _results(bench: Bench, plan: Plan, float_accuracy: Mapping[str, Any] | None)
 def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """Finished rows by key; lines that are damaged count as not finished, and the last of a key holds."""
     rows = {}
-    needed = {"key", "top1", "seconds", "versions", "machine", "finished"}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and needed <= row.keys():
+        if is_table_with(row, ROW):
             rows[row["key"]] = row
     return rows
 
@@ -245,9 +254,11 @@ def _append(path: Path, row: dict[str, Any]) -> None:
     write_atomic(path, before + json.dumps(row, allow_nan=False).encode() + b"\n")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_floats(path: Path) -> dict[str, Any]:
+    """Accuracies of the networks themselves by key; what is damaged is measured again."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    found = content if isinstance(content, dict) else {}
+    return {key: value for key, value in found.items() if is_table_with(value, ACCURACY)}

@@ -17,7 +17,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _or_none(check: Check) -> Check:
+def or_none(check: Check) -> Check:
     return f"{check[0]} or null", lambda value: value is None or check[1](value)
 
 
@@ -25,7 +25,7 @@ def _list_of(check: Check) -> Check:
     return f"a list, each {check[0]}", lambda value: isinstance(value, list) and all(map(check[1], value))
 
 
-def _table_of(check: Check) -> Check:
+def table_of(check: Check) -> Check:
     def fits(value: Any) -> bool:
         return isinstance(value, dict) and all(map(check[1], value.values()))
 
@@ -53,7 +53,7 @@ NEEDED: dict[str, Check] = {
     "model.source": TABLE,
     "model.source.kind": TEXT,
     "model.source.name": TEXT,
-    "model.source.weights": _or_none(TEXT),
+    "model.source.weights": or_none(TEXT),
     "model.spec": TABLE,
     "model.spec.input_size": COUNTS,
     "model.spec.mean": _list_of(NUMBER),
@@ -66,37 +66,38 @@ NEEDED: dict[str, Check] = {
     "recipe.fold_batch_norm": FLAG,
     "recipe.scheme": TABLE,
     "recipe.scheme.ends": TEXT,
-    "versions": _table_of(TEXT),
+    "versions": table_of(TEXT),
     "versions.zsq": TEXT,
     "versions.torch": TEXT,
 }
 NEEDED_WHEN_DONE: dict[str, Check] = {
-    "timings": _table_of(NUMBER),
+    "timings": table_of(NUMBER),
     "results": TABLE,
     "results.measured": TABLE,
     "results.estimated_without_data": TABLE,
     "results.units": _list_of(TABLE),
     "results.units.*.name": TEXT,
-    "results.units.*.snr": _or_none(NUMBER),
-    "results.units.*.snr_nearest": _or_none(NUMBER),
+    "results.units.*.snr": or_none(NUMBER),
+    "results.units.*.snr_nearest": or_none(NUMBER),
     "results.size": TABLE,
     "results.size.teacher_bytes": COUNT,
     "results.size.student_bytes": COUNT,
-    "results.size.student_parts": _table_of(COUNT),
+    "results.size.student_parts": table_of(COUNT),
 }
-_ACCURACY: Check = (
-    "an accuracy",
-    lambda v: _has(v, {"top1": NUMBER, "top5": _or_none(NUMBER), "num_images": COUNT}),
+ACCURACY: dict[str, Check] = {"top1": NUMBER, "top5": or_none(NUMBER), "num_images": COUNT}
+_ACCURACY: Check = ("an accuracy", lambda value: is_table_with(value, ACCURACY))
+_AGREEMENT: Check = (
+    "an agreement",
+    lambda v: is_table_with(v, {"snr": or_none(NUMBER), "num_images": COUNT}),
 )
-_AGREEMENT: Check = ("an agreement", lambda v: _has(v, {"snr": _or_none(NUMBER), "num_images": COUNT}))
 IF_THERE: dict[str, Check] = {
-    "command": _or_none(TEXT),
+    "command": or_none(TEXT),
     "budget": TEXT,
     "overrides": TABLE,
-    "given_images_sha256": _or_none(TEXT),
+    "given_images_sha256": or_none(TEXT),
     "model.source.notes": _list_of(TEXT),
     "recipe.scheme.placement": TEXT,
-    "recipe.equalization": _or_none(TABLE),
+    "recipe.equalization": or_none(TABLE),
     "results.measured.data": TEXT,
     "results.measured.teacher": _ACCURACY,
     "results.measured.student": _ACCURACY,
@@ -104,7 +105,7 @@ IF_THERE: dict[str, Check] = {
     "results.estimated_without_data.holdout.top1_agreement": NUMBER,
     "results.estimated_without_data.calibration_images": _AGREEMENT,
     "results.estimated_without_data.calibration_images.top1_agreement": NUMBER,
-    "results.estimated_without_data.unit_snr": _table_of(_or_none(NUMBER)),
+    "results.estimated_without_data.unit_snr": table_of(or_none(NUMBER)),
 }
 
 
@@ -146,7 +147,8 @@ def _values(value: Any, path: list[str]) -> Iterator[Any]:
         yield _MISSING
 
 
-def _has(value: Any, fields: Mapping[str, Check]) -> bool:
+def is_table_with(value: Any, fields: Mapping[str, Check]) -> bool:
+    """Whether a value is a dictionary that has these fields, each as it should be."""
     return isinstance(value, dict) and all(k in value and check[1](value[k]) for k, check in fields.items())
 
 
