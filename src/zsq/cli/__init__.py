@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -28,8 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # the first process of a job speaks for all
     begin_call(given)
     keep_freed_memory()
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # else Ctrl-C is somebody else's, or ignored in the background
+    # Else Ctrl-C is somebody else's, or ignored in the background.
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ours = ours and threading.current_thread() is threading.main_thread()
+    if ours:
         signal.signal(signal.SIGINT, _stop)
     try:
         code = typer.main.get_command(app).main(args=given, prog_name="zsq", standalone_mode=False)
@@ -40,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         code = refused(error)
     finally:
-        if before is signal.default_int_handler:
-            signal.signal(signal.SIGINT, before)
+        if ours and signal.getsignal(signal.SIGINT) is _stop:  # after a Ctrl-C the process is about to end
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(code or 0)
 
 
