@@ -134,9 +134,12 @@ def test_a_damaged_piece_counts_as_not_finished(damage: str, tmp_path: Path) -> 
         path.write_bytes(
             {"cut": content[:-5], "empty": b"", "flip": flipped, "longer": content + b"x"}[damage]
         )
-    assert "piece" not in state
-    with pytest.raises(KeyError):
+    with pytest.raises(JobError, match="piece.piece, which this run wrote, was removed or damaged"):
         state["piece"]
+    later = StateFolder(tmp_path)
+    assert "piece" not in later
+    with pytest.raises(KeyError):
+        later["piece"]
 
 
 # ---- saving and loading
