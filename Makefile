@@ -1,9 +1,9 @@
-# make demo | demo-text | test | lint | docs | bench-speed | bench-*: each sets up .venv first if it is missing or out of date.
+# make demo | demo-text | test | test-kills | lint | docs | bench-speed | bench-*: each sets up .venv first if it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-text test lint docs clean bench-speed
+.PHONY: demo demo-text test test-kills lint docs clean bench-speed
 
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
@@ -14,6 +14,10 @@ demo-text: .venv/.text
 
 test: .venv/.dev
 	$(BIN)/python -m pytest --numprocesses 2
+
+# Runs killed at 60 instants, in every stage of every family of recipes (`make test` has one of each); minutes.
+test-kills: .venv/.dev
+	ZSQ_KILLS=60 $(BIN)/python -m pytest tests/test_kills.py -s
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from bad_input import make_place
 from timm_shim import import_timm
 from tiny_networks import CODE
 from torch import nn
@@ -54,3 +55,9 @@ def code(tmp_path: Path) -> Path:
 def network(code: Path) -> nn.Module:
     """The user's network with its own random weights."""
     return network_from_file(f"{code}:tiny")
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What wrong calls work on: a model file, weights, labelled images and a finished run; to be copied."""
+    return make_place(tmp_path_factory.mktemp("place"))

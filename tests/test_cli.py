@@ -322,7 +322,7 @@ def last_line(capsys: Capture, *arguments: object) -> str:
 
 def test_an_existing_folder_is_refused(finished: Path, model: str, folder: Path, capsys: Capture) -> None:
     before = (finished / "run.json").read_bytes()
-    text = last_line(capsys, "quantize", model, *INPUT, *SMALL, "--out", finished)
+    text = last_line(capsys, "quantize", model, *INPUT, *SMALL, "--out", finished, "--seed", 1)
     assert "exists and is not empty" in text and "--force" in text
     assert (finished / "run.json").read_bytes() == before
     text = last_line(capsys, "quantize", model, *INPUT, *SMALL, "--out", folder, "--force")

@@ -424,8 +424,7 @@ def test_a_damaged_run(tmp_path: Path) -> None:
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = two_layers("W4A4")
     (tmp_path / "file").write_text("")
-    with pytest.raises(JobError, match="could not be written"):
-        export_onnx(run, tmp_path / "file" / "student.onnx")
+    assert "lies below" in message(lambda: export_onnx(run, tmp_path / "file" / "student.onnx"))
     (tmp_path / "folder.onnx").mkdir()
     assert "exists already" in message(lambda: export_onnx(run, tmp_path / "folder.onnx", force=True))
     import zsq.export.onnx as module
@@ -454,8 +453,7 @@ def test_files_that_are_no_exports(tmp_path: Path) -> None:
     path = tmp_path / "x.onnx"
     assert "cannot be read" in message(lambda: open_engine(path))
     path.write_bytes(b"no network")
-    with pytest.raises(JobError, match="does not load"):
-        open_engine(path)
+    assert "does not load" in message(lambda: open_engine(path))
     export = exported(two_layers("W4A4"), tmp_path)
     model = onnx.load(export.path)
     del model.metadata_props[:]

@@ -16,7 +16,17 @@ ROOT = Path(zsq.__file__).parent
 
 # What each part may import, besides itself. `SETTINGS` are the recipe's dataclasses: plain numbers that every
 # stage takes, below all stages but graph, which has no settings.
-GROUND = {"errors", "rng", "distributed", "_version", "allocator", "out_of_memory", "amounts", "health"}
+GROUND = {
+    "errors",
+    "rng",
+    "distributed",
+    "_version",
+    "allocator",
+    "out_of_memory",
+    "amounts",
+    "health",
+    "paths",
+}
 MODELS = {"architectures", "bundled", "weight_files", "teacher", "models"}
 SETTINGS = {
     "recipe",
@@ -51,7 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     "budget": GROUND | SETTINGS,
     "progress": set(),
     "student": GROUND | {"graph", "quant"},
-    "run": GROUND | MODELS | {"images", "student"},
+    "run": GROUND | MODELS | {"images", "student", "run_record"},
+    "run_record": {"errors"},
     "without_images": GROUND | SETTINGS | {"graph", "quant", "images", "recover"},
     "student_images": GROUND
     | MODELS
@@ -76,11 +87,12 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"errors"},
     "out_of_memory": {"errors"},
     "health": {"errors", "distributed"},
+    "paths": {"errors"},
     "memory": GROUND | {"graph", "images"},
     "inspection": GROUND | {"graph", "quant", "images"},
     "estimate": GROUND,
     "findings": GROUND | {"graph", "quant", "images"},
-    **{name: set() for name in GROUND - {"distributed", "out_of_memory", "health"}},
+    **{name: set() for name in GROUND - {"distributed", "out_of_memory", "health", "paths"}},
 }
 TOP = {
     "",

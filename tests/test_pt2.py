@@ -79,8 +79,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.write_text("")
     assert "exists already" in message(lambda: export_pt2(run, path))
     (tmp_path / "file").write_text("")
-    with pytest.raises(JobError, match="could not be written"):
-        export_pt2(run, tmp_path / "file" / "student.pt2")
+    assert "lies below" in message(lambda: export_pt2(run, tmp_path / "file" / "student.pt2"))
     stored = module.stored_activation
 
     def shifted(*arguments: object) -> object:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from zsq.errors import UsageError, import_extra
+from zsq.paths import user_path
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
@@ -33,7 +34,7 @@ def network_from_file(name: str) -> nn.Module:
         UsageError: file or factory are missing, raise, or give something else than an `nn.Module`.
     """
     file, _, factory = name.rpartition(":") if not name.endswith(".py") else (name, "", "")
-    path = Path(file).expanduser()
+    path = user_path(file, "model file")
     if not path.is_file():
         raise UsageError(
             f"The model file {file} does not exist. Give an existing one as path/to/file.py:factory."

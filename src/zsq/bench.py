@@ -13,9 +13,21 @@ from zsq.bench_plan import Job, Plan, plan_network
 from zsq.bench_row import IMAGES, WORK, Say, fill_row, is_complete, measure, work_folder
 from zsq.bench_table import MARK, NetworkResults, summarise, to_markdown
 from zsq.errors import JobError, UsageError, ZsqError
+from zsq.paths import check_output
+from zsq.resume import held
 from zsq.run import write_atomic
+from zsq.run_record import ACCURACY, NUMBER, TEXT, is_table_with, or_none, table_of
 
 ROWS, FLOAT, TABLE, RESULTS = "rows.jsonl", "float.json", "table.md", "results.json"
+# What the table needs of a finished row.
+ROW = {
+    "key": TEXT,
+    "top1": NUMBER,
+    "seconds": table_of(or_none(NUMBER)),
+    "versions": table_of(TEXT),
+    "machine": TEXT,
+    "finished": TEXT,
+}
 
 
 def run_bench(
@@ -44,7 +56,8 @@ def run_bench(
         The folder, with rows.jsonl, table.md and results.json.
 
     Raises:
-        UsageError: the file, or a path or setting in it, is wrong (nothing was computed).
+        UsageError: the file, or a path or setting in it, is wrong (nothing was computed), or another process
+            is at work on the folder.
         JobError: some rows failed; all others are done.
     """
     bench = read_bench(Path(path))
@@ -52,17 +65,33 @@ def run_bench(
     copy_at = Path(write) if write is not None else None
     _check_outputs(folder, copy_at)
     plans = [plan_network(bench, network) for network in bench.networks]
+    command = ["zsq", "bench", str(path), *(["--out", str(out)] if out is not None else [])]
+    command += ["--write", str(write)] if write is not None else []
+    with held(folder):
+        return _fill_table(bench, plans, Path(path), folder, copy_at, command, jobs=jobs, progress=progress)
+
+
+def _fill_table(
+    bench: Bench,
+    plans: list[Plan],
+    path: Path,
+    folder: Path,
+    copy_at: Path | None,
+    command: list[str],
+    *,
+    jobs: int,
+    progress: Say,
+) -> Path:
+    """Do what is left of a benchmark; arguments and errors as for `run_bench`."""
     for leftover in (*folder.glob(".*.????????"), *(folder / IMAGES).glob(".*.????????")):
         leftover.unlink(missing_ok=True)  # of a killed write
-    finished, floats = _read_rows(folder / ROWS), _read_json(folder / FLOAT)
+    finished, floats = _read_rows(folder / ROWS), _read_floats(folder / FLOAT)
     for plan in plans:
         plan.rows = {
             job.cell: finished[job.key]
             for job in plan.jobs
             if job.key in finished and is_complete(finished[job.key], plan)
         }
-    command = ["zsq", "bench", str(path), *(["--out", str(out)] if out is not None else [])]
-    command += ["--write", str(write)] if write is not None else []
     header = _header(bench, shlex.join(command))
     total, done = sum(len(plan.jobs) for plan in plans), sum(len(plan.rows) for plan in plans)
     progress(f"{bench.name}: {total} rows, {done} of them finished before")
@@ -154,6 +183,9 @@ def run_bench(
 
 
 def _check_outputs(folder: Path, copy_at: Path | None) -> None:
+    check_output(folder, "output")
+    if copy_at is not None:
+        check_output(copy_at, "table to write")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / RESULTS).exists()):
         raise UsageError(
             f"The output {folder} exists and is not the folder of a benchmark; nothing in it was changed. "
@@ -206,13 +238,12 @@ def _results(bench: Bench, plan: Plan, float_accuracy: Mapping[str, Any] | None)
 def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """Finished rows by key; lines that are damaged count as not finished, and the last of a key holds."""
     rows = {}
-    needed = {"key", "top1", "seconds", "versions", "machine", "finished"}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and needed <= row.keys():
+        if is_table_with(row, ROW):
             rows[row["key"]] = row
     return rows
 
@@ -223,9 +254,11 @@ def _append(path: Path, row: dict[str, Any]) -> None:
     write_atomic(path, before + json.dumps(row, allow_nan=False).encode() + b"\n")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_floats(path: Path) -> dict[str, Any]:
+    """Accuracies of the networks themselves by key; what is damaged is measured again."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    found = content if isinstance(content, dict) else {}
+    return {key: value for key, value in found.items() if is_table_with(value, ACCURACY)}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from zsq.errors import UsageError
+from zsq.paths import user_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def read_bench(path: Path) -> Bench:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"The benchmark file {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"The benchmark file {path} is not valid TOML: {error}.") from error
     top = _Fields(content, str(path))
     shared_bits = top.take("bits", TEXTS, [])
@@ -254,7 +255,7 @@ def expanded(text: str, what: str) -> str:
 def existing_path(text: str | None, what: str) -> Path | None:
     if text is None:
         return None
-    path = Path(expanded(text, what)).expanduser()
+    path = user_path(expanded(text, what), what)
     if not path.exists():
         raise UsageError(f"The {what} is {text}, but {path} does not exist. Correct the path.")
     return path

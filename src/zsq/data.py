@@ -13,6 +13,7 @@ from zsq.data_files import open_folder, open_zip
 from zsq.data_hub import open_hugging_face
 from zsq.data_tensors import holds_made_images, open_made_images
 from zsq.errors import UsageError
+from zsq.paths import user_path
 from zsq.pictures import ENDINGS, Reader, Source, mode_of, prepare
 from zsq.rng import rng_for
 from zsq.teacher import ModelSpec
@@ -160,9 +161,14 @@ def _check_positive(value: int, what: str) -> None:
 def _open(path_or_name: str | Path, spec: ModelSpec, *, labelled: bool) -> Source:
     mode_of(spec)
     text = str(path_or_name)
-    path = Path(text).expanduser()
+    path = user_path(text, "data path")
     if text.startswith("hf:"):
-        source = open_hugging_face(text.removeprefix("hf:"), spec, labelled)
+        name = text.removeprefix("hf:")
+        if not _HUB_NAME.fullmatch(name):
+            raise UsageError(
+                f"A Hugging Face dataset is named like hf:user/name or hf:user/name@split, got {text}."
+            )
+        source = open_hugging_face(name, spec, labelled)
     elif path.is_dir() and holds_made_images(path):
         source = open_made_images(path, spec, labelled)
     elif path.is_dir():

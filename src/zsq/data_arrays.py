@@ -1,5 +1,6 @@
 """Images as arrays in an npz."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from torch import Tensor
 from zsq.errors import UsageError
 from zsq.pictures import DAMAGED_ARCHIVE, Reader, Source, normalise, one_line, prepare
 from zsq.teacher import ModelSpec
+
+MAX_SMALL_BYTES = 256 * 2**20  # an array that unpacks to more is refused ...
+MAX_FOLD = 200  # ... if that is so many times its size in the file; deflate reaches 1032
 
 
 def open_npz(path: Path, spec: ModelSpec, labelled: bool) -> Source:
@@ -58,7 +62,10 @@ def _npz_arrays(path: Path, wanted: Iterable[str]) -> dict[str, np.ndarray[Any, 
                 raise UsageError(f"The file {path} holds a single array. {expected}.")
             with archive:
                 names = archive.files
-                arrays = {name: archive[name] for name in wanted if name in names}
+                found = [name for name in wanted if name in names]
+                for name in found:
+                    _check_size(archive.zip, name, path)
+                arrays = {name: archive[name] for name in found}
     except UsageError:
         raise
     except DAMAGED_ARCHIVE as error:
@@ -72,6 +79,33 @@ def _npz_arrays(path: Path, wanted: Iterable[str]) -> dict[str, np.ndarray[Any, 
             f"{', '.join(sorted(names)) or 'none'}. {expected}."
         )
     return arrays
+
+
+def _check_size(archive: Any, name: str, path: Path) -> None:
+    """Refuse an array before room is made for it, if its bytes are not those of its shape or of real images.
+
+    Raises:
+        UsageError, or one of `DAMAGED_ARCHIVE`: so.
+    """
+    member = next((n for n in (f"{name}.npy", name) if n in archive.namelist()), name)
+    info = archive.getinfo(member)
+    if info.file_size > max(MAX_SMALL_BYTES, MAX_FOLD * info.compress_size):
+        raise UsageError(
+            f"The array {name!r} in {path} is refused: its {info.compress_size} bytes unpack to "
+            f"{info.file_size}, which no real images do. Save them with numpy.savez."
+        )
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{name} has the array format {version}")
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds pickled objects")
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
+            raise ValueError(f"{name} of shape {shape} has {info.file_size - file.tell()} bytes")
 
 
 def _array_reader(images: np.ndarray[Any, Any], spec: ModelSpec) -> Reader:

@@ -41,6 +41,9 @@ def open_made_images(path: Path, spec: ModelSpec, labelled: bool) -> Source:
             for name in ("mean", "std")
         )
         found = tuple(images.shape[1:])
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != len(spec.mean) or not values.isfinite().all():
+                raise ValueError(f"its {name} is {made_for[name]}")
     except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(
             f"The file {file} cannot be read ({one_line(error)}). Make the images again with zsq synthesize."

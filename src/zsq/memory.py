@@ -21,7 +21,7 @@ def read_bytes(value: int | str) -> int:
     Raises:
         UsageError: something else, or nothing.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b?)\s*", str(value).lower())
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kmg]?i?b?)\s*", str(value).lower())
     if match is None or match[2] not in UNITS or float(match[1]) * UNITS[match[2]] < 1:
         raise UsageError(f"--memory takes a size such as 4GiB or 500MB; got {value!r}.")
     return int(float(match[1]) * UNITS[match[2]])

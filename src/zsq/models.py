@@ -9,6 +9,7 @@ from torch import nn
 from zsq.architectures import is_file_name, network_from_file, network_from_timm
 from zsq.bundled import DIGITS_INPUT_SIZE, DIGITS_MEAN, DIGITS_STD, DIGITS_WEIGHTS, DigitsNet
 from zsq.errors import UsageError
+from zsq.paths import user_path
 from zsq.teacher import INTERPOLATIONS, ModelSource, ModelSpec, Teacher
 from zsq.weight_files import TORCH_SUFFIXES, load_weights
 
@@ -45,7 +46,7 @@ def load_model(
             )
         return model
     name = str(model)
-    path = Path(weights).expanduser().resolve() if weights is not None else None
+    path = user_path(weights, "weights file").resolve() if weights is not None else None
     if is_file_name(name):
         return _load_from_file(name, path, input_size, mean, std)
     if name == "digits":

@@ -51,7 +51,7 @@ from zsq.recipe_images import (
 from zsq.recipes import get_recipe
 from zsq.recover.reconstruct import reconstruct, unit_name
 from zsq.recover.storage import MEMORY, Storage
-from zsq.resume import identity_of, open_state
+from zsq.resume import finished_run, identity_of, open_state
 from zsq.run import (
     FORMAT,
     RECORD,
@@ -137,7 +137,8 @@ def quantize(
             sweep over bits makes them once; the result is that of a call without it.
         seed: all randomness follows from it.
         device: where to compute.
-        out: run folder to write; an interrupted run of the same call in it is continued.
+        out: run folder to write; an interrupted run of the same call in it is continued, and a finished one
+            of the same `command` is returned.
         force: replace a finished run in `out`.
         progress: called with every step that is worth showing.
         command: what to note as the command in run.json.
@@ -179,6 +180,9 @@ def quantize(
     identity = identity_of("quantize", teacher, settings, images, seed, target)
     identity |= _plan_identity(graph, teacher, settings, seed)
     folder = Path(out) if out is not None else None
+    finished = finished_run(folder, identity, force=force, command=command) if group.size == 1 else None
+    if finished is not None:
+        return finished
     with open_state(folder, identity, force=force, command=command, group=group) as state:
         check_made(made or {}, settings, teacher.spec)
         pieces = ChainMap(state, made or {})

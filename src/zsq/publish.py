@@ -52,7 +52,7 @@ def save_pretrained(
         force: replace what an earlier call wrote there.
 
     Raises:
-        UsageError: no finished run, or `path` holds something.
+        UsageError: no finished run, a damaged one, or `path` holds something.
         JobError: it cannot be written.
     """
     loaded = run if isinstance(run, Run) else load_run(run)
@@ -60,19 +60,19 @@ def save_pretrained(
     folder = Path(path)
     if not isinstance(run, Run) and folder.resolve() == Path(run).resolve():
         raise UsageError(f"{folder} is the run's own folder. Choose another one to publish from.")
-    if force and (folder / CARD).is_file() and (folder / RECORD).is_file():
-        shutil.rmtree(folder)
-    claim_folder(folder, force=False)
     record = without_paths(loaded.record)
     private = loaded.record.get("given_images_sha256") is not None and not with_images
     public = replace(loaded, record=record)
     if private:
         public = replace(public, images=loaded.images[:0], labels=None, prompts=[], inspection=None)
+    title = name or f"{record['model']['name']} at {record['bits']}"
+    card = model_card(record, exports, title=title, licence=licence, images_left_out=private)
+    if force and (folder / CARD).is_file() and (folder / RECORD).is_file():
+        shutil.rmtree(folder)
+    claim_folder(folder, force=False)
     for export in exports:
         for file in (export.path, *export.beside):
             write_atomic(folder / file.name, file.read_bytes())
-    title = name or f"{record['model']['name']} at {record['bits']}"
-    card = model_card(record, exports, title=title, licence=licence, images_left_out=private)
     write_atomic(folder / CARD, card.encode())
     public.write(folder)  # last: without its record the folder is no run
     return folder
@@ -86,7 +86,7 @@ def load_pretrained(name: str | Path) -> Run:
     """
     if Path(name).exists():
         return load_run(name)
-    repository = _checked_repository(str(name).removeprefix("hf:"))
+    repository = checked_repository(str(name).removeprefix("hf:"))
     hub: Any = import_extra("huggingface_hub", EXTRA)
     try:
         folder = hub.snapshot_download(repository)
@@ -117,7 +117,7 @@ def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
     if not (source / CARD).is_file():
         raise UsageError(f"{source} has no model card. Write the folder with save_pretrained first.")
     read_record(source)
-    name = _checked_repository(repository)
+    name = checked_repository(repository)
     hub: Any = import_extra("huggingface_hub", EXTRA)
     try:
         client = hub.HfApi()
@@ -138,12 +138,26 @@ def exports_of(folder: Path) -> tuple[Exported, ...]:
         settings = path.with_name(f"{path.name}.json")
         if path.suffix not in EXPORTS or not (settings.is_file() or path.suffix == ".pt2"):
             continue
-        about: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        about = _account(settings) if settings.is_file() else {}
         weights = path.with_suffix(".bin")
         beside = [settings] if settings.is_file() else []
         beside += [weights] if path.suffix == ".xml" and weights.is_file() else []
         found.append(Exported(path, tuple(beside), about))
     return tuple(found)
+
+
+def _account(path: Path) -> dict[str, Any]:
+    """What an export's check found, as the file beside it says."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(about, dict) or not isinstance(about.get("verified_on_synthetic_images", {}), dict):
+            raise ValueError("it is no table of what was checked")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{path}, the account of an export, cannot be read ({error}). Export the run again with --force, "
+            "or remove it with its export."
+        ) from error
+    return about
 
 
 def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,7 +235,7 @@ def model_card(
         "",
     ]
     for export in exports:
-        lines += [f"* `{export.path.name}`: {_verified(export.about)}"]
+        lines += [f"* `{export.path.name}`: {_verified(export.path.name, export.about)}"]
     lines += [""] if exports else []
     lines += ["## How it was made", ""]
     lines += [f"    {record['command']}", ""] if record.get("command") else []
@@ -257,12 +271,12 @@ def _estimated(estimates: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _verified(about: Mapping[str, Any]) -> str:
+def _verified(file: str, about: Mapping[str, Any]) -> str:
     if not about:
         return "checked against the student as it was written."
     engine = about.get("engine", "its engine")
     images = about.get("num_images") or about.get("verified_on_synthetic_images", {}).get("num_images")
-    how = f"`{about['file']}.json` says how to run it"
+    how = f"`{file}.json` says how to run it"
     return f"checked in {engine} against the student on {images} images; {how}."
 
 
@@ -277,7 +291,12 @@ def _plain(text: str) -> str:
     return re.sub(r"[<>|`\[\]\n]", " ", text)
 
 
-def _checked_repository(name: str) -> str:
+def checked_repository(name: str) -> str:
+    """The name of a Hugging Face repository as it is.
+
+    Raises:
+        UsageError: it is not of the form user/name.
+    """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UsageError(f"A Hugging Face repository is named like user/name, got {name!r}.")
     return name

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
@@ -17,16 +18,19 @@ from torch import Tensor
 
 from zsq._version import __version__
 from zsq.distributed import Group
-from zsq.errors import UsageError
+from zsq.errors import JobError, UsageError
 from zsq.models import Teacher
+from zsq.paths import check_output
 from zsq.recipe import Recipe, describe
 from zsq.run import (
     FORMAT,
     STATE,
+    Run,
     State,
     StateFolder,
     claim_folder,
     is_run_folder,
+    load_run,
     read_record,
     temporary_files,
     write_record,
@@ -76,6 +80,30 @@ def identity_of(
     return result
 
 
+def finished_run(
+    folder: Path | None, identity: dict[str, Any], *, force: bool, command: str | None
+) -> Run | None:
+    """The run that the same command has finished in `folder`, if it was killed after that or is given again.
+
+    Raises:
+        UsageError: the run is damaged, or another process is at work on it.
+    """
+    if folder is None or force or command is None or not is_run_folder(folder):
+        return None
+    record = read_record(folder)
+    if record.get("status") != "done" or record.get("command") != command:
+        return None
+    if any(record.get(key) != value for key, value in identity.items()):
+        return None
+    run = load_run(folder)
+    with held(folder), suppress(OSError):  # a folder that is only read keeps what a killed process left
+        shutil.rmtree(folder / STATE, ignore_errors=True)
+        for path in temporary_files(folder):
+            path.unlink(missing_ok=True)
+    logger.info("This command has finished already: %s is as it was.", folder)
+    return run
+
+
 @contextmanager
 def open_state(
     folder: Path | None, identity: dict[str, Any], *, force: bool, command: str | None, group: Group
@@ -89,27 +117,29 @@ def open_state(
 
     Raises:
         UsageError: the folder holds something else, or another process is at work on it.
+        JobError: it cannot be written.
     """
     if folder is None:
         yield {}
         return
     with ExitStack() as stack:
-        group.first(lambda: stack.enter_context(_held(folder)))
+        group.first(lambda: stack.enter_context(held(folder)))
         state = group.first(lambda: _state_on_disk(folder, identity, force=force, command=command))
         yield group.pieces_of_first({} if state is None else state)
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def held(folder: Path) -> Iterator[None]:
     """Keep a folder for this process; the operating system gives it back when the process ends, however.
 
     Raises:
         UsageError: another process has it.
     """
+    check_output(folder, "output folder")
     if fcntl is None or folder.is_file():
         yield
         return
-    made = not folder.exists()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -128,9 +158,9 @@ def _held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-        if made:
-            with suppress(OSError):
-                folder.rmdir()  # only if nothing was written
+        with suppress(OSError):
+            for path in missing:
+                path.rmdir()  # only if nothing was written
 
 
 def _state_on_disk(folder: Path, identity: dict[str, Any], *, force: bool, command: str | None) -> State:
@@ -144,8 +174,14 @@ def _state_on_disk(folder: Path, identity: dict[str, Any], *, force: bool, comma
     if record.get("status") == "running":
         different = [key for key in identity if record.get(key) != identity[key]]
         if not different:  # also with `force`: the command that is continued may have had it
-            for path in temporary_files(folder):
-                path.unlink(missing_ok=True)
+            try:
+                for path in temporary_files(folder):
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                raise JobError(
+                    f"The run in {folder} cannot go on: {error.strerror or error}. Nothing was changed; "
+                    "make the folder writable, then give the same command again."
+                ) from error
             return StateFolder(folder / STATE)
         if force and different == ["recipe"]:
             pieces = StateFolder(folder / STATE)

@@ -1,6 +1,7 @@
 """The run folder: what a run leaves behind, atomic writes, and the state from which a killed run goes on."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -21,6 +23,8 @@ from torch import Tensor, fx
 from zsq.errors import JobError, UsageError
 from zsq.images.contact_sheet import contact_sheet
 from zsq.models import ModelSpec
+from zsq.paths import check_output
+from zsq.run_record import check_record
 from zsq.student import student_from_file, student_to_bytes
 
 FORMAT = 1
@@ -67,9 +71,11 @@ def write_atomic(path: Path, content: bytes) -> None:
                 os.unlink(temporary)
         if not isinstance(error, OSError):
             raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise JobError(
             f"{path} could not be written: {error.strerror or error}. What was finished before is kept; "
-            "free some space or choose another --out, then give the same command again."
+            f"{'free some space' if full else 'make the folder writable'} or choose another --out, then give "
+            "the same command again."
         ) from error
 
 
@@ -80,6 +86,7 @@ def check_free(files: Sequence[Path], *, force: bool) -> None:
         UsageError: one of the files exists and `force` is False, or it is a folder.
     """
     for existing in files:
+        check_output(existing, "output")
         if existing.is_dir() or (existing.exists() and not force):
             raise UsageError(
                 f"{existing} exists already; nothing was changed. Choose another --out"
@@ -120,23 +127,31 @@ class StateFolder(MutableMapping[str, dict[str, Tensor]]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._written: set[str] = set()  # by this process, which counts on them
 
     def __getitem__(self, key: str) -> dict[str, Tensor]:
         try:
             content = self._file(key).read_bytes()
-        except OSError as error:
-            raise KeyError(key) from error
-        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-            raise KeyError(key)
-        return load_safetensors(content[:-32])
+        except OSError:
+            content = b""
+        if hashlib.sha256(content[:-32]).digest() == content[-32:]:
+            return load_safetensors(content[:-32])
+        if key in self._written:
+            raise JobError(
+                f"{self._file(key)}, which this run wrote, was removed or damaged while it was at work. The "
+                "same command goes on from what is left."
+            )
+        raise KeyError(key)
 
     def __setitem__(self, key: str, tensors: dict[str, Tensor]) -> None:
         plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
         content = save_safetensors(plain)
         write_atomic(self._file(key), content + hashlib.sha256(content).digest())
+        self._written.add(key)
 
     def __delitem__(self, key: str) -> None:
         self._file(key).unlink()
+        self._written.discard(key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(p.stem for p in self.path.glob("*.piece") if not p.name.startswith(".")))
@@ -235,6 +250,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else None
         raise UsageError(f"{path} has format {found!r}; this version of zsq reads format {FORMAT}.")
+    check_record(record, str(path))
     return record
 
 
@@ -259,15 +275,23 @@ def load_run(path: str | Path) -> Run:
         prompts = _read_json_lines(folder / PROMPTS) if (folder / PROMPTS).exists() else []
         found = folder / INSPECTION
         inspection = json.loads(found.read_text(encoding="utf-8")) if found.exists() else None
+        _check_images(images, labels, spec)
     except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise UsageError(f"The run folder {folder} is incomplete or damaged: {error}.") from error
-    student = student_from_file(folder / STUDENT)
+    student = student_from_file(folder / STUDENT, spec.input_size)
     return Run(student, record, images, spec, metrics, labels, prompts, inspection)
+
+
+def _check_images(images: Tensor, labels: Tensor | None, spec: ModelSpec) -> None:
+    if tuple(images.shape[1:]) != spec.input_size or not images.is_floating_point():
+        raise ValueError(f"its images are {images.dtype} of shape {tuple(images.shape)}")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype != torch.int64):
+        raise ValueError(f"its labels are {labels.dtype} of shape {tuple(labels.shape)}")
 
 
 def is_run_folder(path: str | Path) -> bool:
     """Whether a folder holds a run.json."""
-    return (Path(path) / RECORD).is_file()
+    return os.path.isfile(Path(path) / RECORD)
 
 
 def claim_folder(folder: Path, *, force: bool) -> None:
@@ -279,6 +303,7 @@ def claim_folder(folder: Path, *, force: bool) -> None:
         UsageError: the folder holds something, or is a file, or (with `force`) something that is not ours.
         JobError: it cannot be made or emptied.
     """
+    check_output(folder, "output folder")
     if folder.is_file():
         raise UsageError(f"The output folder {folder} is a file. Choose another --out.")
     try:

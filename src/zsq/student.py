@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -69,11 +70,11 @@ def student_to_bytes(student: fx.GraphModule) -> bytes:
     return save_safetensors(plain, {"zsq": json.dumps(metadata, separators=(",", ":"))})
 
 
-def student_from_file(path: Path) -> fx.GraphModule:
-    """Read a student back; the same logits, bit for bit.
+def student_from_file(path: Path, input_size: tuple[int, int, int] | None = None) -> fx.GraphModule:
+    """Read a student back; the same logits, bit for bit. With (C, H, W) a black image is run through it.
 
     Raises:
-        UsageError: not a file of this kind, damaged, or written by another version.
+        UsageError: not a file of this kind, damaged, written by another version, or it rejects the image.
     """
     try:
         content = path.read_bytes()
@@ -106,13 +107,16 @@ def student_from_file(path: Path) -> fx.GraphModule:
                 module.register_parameter(leaf, nn.Parameter(tensors[name], requires_grad=False))
             else:
                 module.register_buffer(leaf, tensors[name])
-        student = graph_from_json(metadata["graph"], root, "Student")
+        student = graph_from_json(metadata["graph"], root, "Student").eval()
+        if input_size is not None:
+            with torch.no_grad():
+                student(torch.zeros(1, *input_size))
     except _DAMAGE as error:
         raise UsageError(
-            f"{path} is damaged: {str(error).rstrip('.')}. "
+            f"{path} is damaged: {' '.join(str(error).split())[:300].rstrip('.')}. "
             "Quantize again, or copy the file from where it was written."
         ) from error
-    return student.eval()
+    return student
 
 
 def _quantizer(name: str, about: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:

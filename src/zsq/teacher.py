@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from zsq.architectures import error_summary
 from zsq.errors import UsageError
@@ -171,6 +172,11 @@ def _frozen(module: nn.Module, notes: list[str]) -> nn.Module:
             f"The model cannot be copied ({error_summary(error)}). Make sure that copy.deepcopy(model) works."
         ) from error
     values = (*network.parameters(), *network.buffers())
+    if any(is_lazy(value) for value in values):
+        raise UsageError(
+            "The model has lazy layers, whose weights have no shape before the first image. Run it once on "
+            "an image where it is made, before its weights are loaded."
+        )
     formats = sorted(
         {str(v.dtype).removeprefix("torch.") for v in values if v.is_floating_point()} - {"float32"}
     )
@@ -196,21 +202,21 @@ def _check_finite(module: nn.Module, name: str) -> None:
 def _check_forward(module: nn.Module, input_size: tuple[int, int, int], name: str) -> tuple[int, ...]:
     """Run two black images through the network; the shape of its output without N."""
     first = next(iter((*module.parameters(), *module.buffers())), None)
-    images = torch.zeros(2, *input_size, device=first.device if first is not None else "cpu")
+    shape = (2, *input_size)
     expected = "Expected a network with one input, images (N, C, H, W)"
     try:
         with torch.no_grad():
-            output = module(images)
+            output = module(torch.zeros(shape, device=first.device if first is not None else "cpu"))
     except Exception as error:
         raise UsageError(
-            f"The model {name} rejects input of shape {tuple(images.shape)} ({error_summary(error)}). "
+            f"The model {name} rejects input of shape {shape} ({error_summary(error)}). "
             f"{expected}; check the input size {_listed(input_size)} (channels, height, width)."
         ) from error
     if not isinstance(output, Tensor) or output.ndim == 0 or output.shape[0] != 2:
         is_tensor = isinstance(output, Tensor)
         what = f"shape {tuple(output.shape)}" if is_tensor else f"type {type(output).__name__}"
         raise UsageError(
-            f"The model {name} answers input of shape {tuple(images.shape)} with an output of {what}. "
+            f"The model {name} answers input of shape {shape} with an output of {what}. "
             f"{expected}, and one tensor (N, ...) as output; check the input size, or wrap the network in a "
             "module that returns it."
         )

@@ -20,6 +20,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 # Counters that do not change what a network in eval mode computes.
 COUNTERS = ("num_batches_tracked", "n_averaged")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DEPTH = 8  # of dictionaries in a checkpoint; one may hold itself
 _NAMED = 3  # an error names the first few tensors of a kind
 
 
@@ -145,6 +146,11 @@ def _unwrap(content: object, path: Path) -> tuple[dict[str, Tensor], tuple[str, 
     opened: list[str] = []
     notes: list[str] = []
     while isinstance(content, Mapping):
+        if len(opened) == _DEPTH:
+            raise UsageError(
+                f"The weights file {path} holds a dictionary in a dictionary more than {_DEPTH} times, or "
+                "one that holds itself. Save the state dict alone: torch.save(model.state_dict(), FILE)."
+            )
         found = [key for key in WRAPPERS if _holds_tensors(content.get(key))]
         if not found:
             break
@@ -177,10 +183,17 @@ def _unwrap(content: object, path: Path) -> tuple[dict[str, Tensor], tuple[str, 
     return tensors, tuple(notes)
 
 
-def _holds_tensors(value: object) -> bool:
-    return isinstance(value, Mapping) and any(
-        isinstance(v, Tensor) or _holds_tensors(v) for v in value.values()
-    )
+def _holds_tensors(value: object, depth: int = _DEPTH) -> bool:
+    if not isinstance(value, Mapping) or depth == 0:
+        return False
+    return any(isinstance(v, Tensor) or _holds_tensors(v, depth - 1) for v in value.values())
+
+
+def _kind(tensor: Tensor) -> str:
+    """Number format of a tensor, and what else makes it no plain one."""
+    layout = "" if tensor.layout == torch.strided else str(tensor.layout).removeprefix("torch.")
+    words = (layout, str(tensor.dtype).removeprefix("torch."), "without data" if tensor.is_meta else "")
+    return " ".join(word for word in words if word)
 
 
 def _check_fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
@@ -201,12 +214,14 @@ def _check_fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], pa
             "matching model or factory."
         )
     not_float = [
-        f"{name} ({str(tensors[name].dtype).removeprefix('torch.')})"
+        f"{name} ({_kind(tensors[name])})"
         for name in common
-        if expected[name].is_floating_point() and tensors[name].dtype not in _FLOATS
+        if (expected[name].is_floating_point() and tensors[name].dtype not in _FLOATS)
+        or tensors[name].layout != torch.strided
+        or tensors[name].is_meta
     ]
     if not_float:
         raise UsageError(
-            f"The weights in {path} are not all floating-point numbers: {first_few(not_float)}. zsq starts "
-            "from the full-precision model; give its weights as float32, float16 or bfloat16."
+            f"The weights in {path} are not all plain floating-point numbers: {first_few(not_float)}. zsq "
+            "starts from the full-precision model; give its weights as float32, float16 or bfloat16."
         )

@@ -1,7 +1,9 @@
 """The command line: each command reads its arguments, makes one Python call and shows what came of it."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -27,6 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # the first process of a job speaks for all
     begin_call(given)
     keep_freed_memory()
+    # Else Ctrl-C is somebody else's, or ignored in the background.
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ours = ours and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, _stop)
     try:
         code = typer.main.get_command(app).main(args=given, prog_name="zsq", standalone_mode=False)
     except KeyboardInterrupt:
@@ -35,7 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not hasattr(error, "format_message"):  # else one of typer's own, whose class is not public
             raise
         code = refused(error)
+    finally:
+        if ours and signal.getsignal(signal.SIGINT) is _stop:  # after a Ctrl-C the process is about to end
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(code or 0)
+
+
+def _stop(number: int, frame: object) -> None:
+    """Stop in order at the first Ctrl-C; a second one ends the process at once, as the system does it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
 
 
 def _print_version(value: bool) -> None:

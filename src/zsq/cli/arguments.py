@@ -156,10 +156,18 @@ def read_device(name: str) -> str:
     """
     import torch
 
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,3}))?", name)
+    if match is None:
         raise UsageError(f"--device is cpu or cuda, got {name!r}.")
     if name != "cpu" and not torch.cuda.is_available():
-        raise UsageError("--device cuda was asked for, but PyTorch finds no CUDA device. Use --device cpu.")
+        raise UsageError(
+            f"--device {name} was asked for, but PyTorch finds no CUDA device. Use --device cpu."
+        )
+    if int(match[1] or 0) >= max(1, torch.cuda.device_count()):
+        raise UsageError(
+            f"--device {name} was asked for, but PyTorch finds {torch.cuda.device_count()} CUDA devices, "
+            "counted from 0."
+        )
     return name
 
 

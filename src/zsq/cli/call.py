@@ -58,7 +58,7 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
             _complain(f"Error: {error}")
             raise typer.Exit(error.exit_code) from None
         except Exception as error:
-            text = " ".join(str(error).split()).rstrip(".")
+            text = str(error).strip().rstrip(".")
             again = "" if call.debug else " Run again with --debug for the traceback."
             _complain(f"Error: {type(error).__name__}{': ' if text else ''}{text}.{again}")
             raise typer.Exit(1) from None
@@ -73,11 +73,17 @@ def refused(error: Any) -> int:
         say(context.get_help() if context is not None else "")  # typer may have printed it by itself
     else:
         where = context.command_path if context is not None else "zsq"
-        say(f"Error: {error.format_message().rstrip('.')}. See {where} --help.")
+        say(one_line(f"Error: {error.format_message().rstrip('.')}. See {where} --help."))
     return 2
 
 
 def _complain(text: str) -> None:
     if call.debug:
         traceback.print_exc()
-    say(text)
+    say(one_line(text))
+
+
+def one_line(text: str) -> str:
+    """A message as one paragraph; what a terminal would obey, as colours in a file's name, is escaped."""
+    words = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)

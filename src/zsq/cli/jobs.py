@@ -154,7 +154,7 @@ def quantize(
                 memory=memory,
                 group=group,
             )
-        if dataset is not None:
+        if dataset is not None and not run.record["results"]["measured"]:
             call.hint = f"The run in {folder} is complete; to measure it: {evaluate_line(folder, data)}"
             networks = {"teacher": teacher.module, "student": run.student}
             try:

@@ -39,6 +39,8 @@ def push(
     with only_result_on_stdout():
         from zsq import publish
 
+        if to is not None:
+            publish.checked_repository(to)
         target = out or run.with_name(f"{run.name}-published")
         folder = publish.save_pretrained(
             run, target, licence=licence, name=name, with_images=with_images, force=force

@@ -113,8 +113,7 @@ def open_engine(path: str | Path) -> EngineFile:
     """Load an exported file with the session options written beside it.
 
     Raises:
-        UsageError: it cannot be read, or zsq did not write it.
-        JobError: the runtime does not load it.
+        UsageError: it cannot be read, the runtime does not load it, or zsq did not write it.
     """
     file = Path(path)
     import_extra("onnxruntime", EXTRA)
@@ -122,7 +121,11 @@ def open_engine(path: str | Path) -> EngineFile:
         content = file.read_bytes()
     except OSError as error:
         raise UsageError(f"The file {file} cannot be read: {error.strerror}.") from error
-    model = EngineModel(content, _options_beside(file))
+    options = _options_beside(file)
+    try:
+        model = EngineModel(content, options)
+    except JobError as error:
+        raise UsageError(f"{file} does not run here: {error} Export the run again.") from error
     try:
         spec = spec_from_json(json.loads(model.metadata["zsq.preprocessing"]))
     except (KeyError, TypeError, ValueError) as error:
@@ -130,17 +133,35 @@ def open_engine(path: str | Path) -> EngineFile:
             f"{file} does not say how its images are prepared, so zsq did not export it, or it was changed "
             "since. Export it with zsq export RUN --to onnx."
         ) from error
+    check_input(file, model.input_shape, spec)
     return EngineFile(model, spec, model.metadata)
+
+
+def check_input(file: Path, shape: Sequence[Any], spec: ModelSpec) -> None:
+    """Refuse a file that takes other images than are prepared for it.
+
+    Raises:
+        UsageError: so.
+    """
+    if tuple(shape[1:]) != spec.input_size:
+        raise UsageError(
+            f"{file} takes images of shape {tuple(shape[1:])}, and its account says {spec.input_size}: it "
+            "was changed since zsq wrote it. Export the run again."
+        )
 
 
 def _options_beside(file: Path) -> SessionOptions:
     settings = file.with_name(f"{file.name}.json")
     try:
         session = json.loads(settings.read_text(encoding="utf-8"))["session"]
-        return SessionOptions(session["graph_optimization_level"], tuple(session["disabled_optimizers"]))
+        level, disabled = session["graph_optimization_level"], tuple(session["disabled_optimizers"])
+        levels: Any = import_extra("onnxruntime", EXTRA).GraphOptimizationLevel
+        if level not in levels.__members__ or not all(isinstance(name, str) for name in disabled):
+            raise ValueError(f"it names the options {level!r} and {disabled!r}")
+        return SessionOptions(level, disabled)
     except FileNotFoundError:
         return SessionOptions()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{settings}, which says how to run {file.name}, cannot be read ({error}). Export the run again."
         ) from error

@@ -47,6 +47,12 @@ class OpenVinoModel(nn.Module):
             raise JobError(f"OpenVINO {openvino.__version__} does not load the network: {reason}") from error
         self.outputs = [output.get_any_name() for output in self._compiled.outputs]
 
+    @property
+    def input_shape(self) -> tuple[int | None, ...]:
+        """Of its input; None stands for free sizes."""
+        shape = self._compiled.inputs[0].partial_shape
+        return tuple(size.get_length() if size.is_static else None for size in shape)
+
     def forward(self, images: Tensor) -> Any:
         """The outputs, float32, on the CPU; one tensor if there is one."""
         results = self._compiled(images.detach().cpu().float().contiguous().numpy())

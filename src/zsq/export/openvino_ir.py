@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zsq.errors import UsageError, import_extra
-from zsq.export.engine import EngineFile
+from zsq.errors import JobError, UsageError, import_extra
+from zsq.export.engine import EngineFile, check_input
 from zsq.export.onnx import checked, metadata_of, require_packages
 from zsq.export.openvino import EXTRA, OpenVinoCheck, OpenVinoModel, check_in_openvino
 from zsq.export.targets import TARGETS, container_widths
@@ -90,19 +90,23 @@ def open_representation(path: str | Path) -> EngineFile:
     """Load a written IR.
 
     Raises:
-        UsageError: it cannot be read, or zsq did not write it.
-        JobError: OpenVINO does not load it.
+        UsageError: it cannot be read, OpenVINO does not load it, or zsq did not write it.
     """
     file = Path(path)
     settings = file.with_name(f"{file.name}.json")
     try:
         about = json.loads(settings.read_text(encoding="utf-8"))
         spec, properties = spec_from_json(json.loads(about["zsq.preprocessing"])), dict(about["properties"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{settings}, which says how the images of {file.name} are prepared, cannot be read ({error}). "
             "Export the run with zsq export RUN --to openvino."
         ) from error
     if not file.is_file():
         raise UsageError(f"There is no file {file}.")
-    return EngineFile(OpenVinoModel(file, properties), spec, about)
+    try:
+        model = OpenVinoModel(file, properties)
+    except JobError as error:
+        raise UsageError(f"{file} does not run here: {error} Export the run again.") from error
+    check_input(file, model.input_shape, spec)
+    return EngineFile(model, spec, about)

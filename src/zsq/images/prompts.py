@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zsq.errors import UsageError
+from zsq.paths import user_path
 from zsq.rng import rng_for
 
 ADJECTIVES = "good,bad,large,small,clean,dirty,bright,dark,blurry,cropped,weird,cool"
@@ -256,7 +257,7 @@ def read_class_names(path: str | Path) -> tuple[list[str], list[str]]:
         UsageError: the file is not there or not as expected.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        text = user_path(path, "file of class names").read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UsageError(
             f"The file of class names {path} cannot be read ({error}). Expected a text with one name a line, "

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from zsq.errors import JobError, UsageError, import_extra
 from zsq.images.prompts import Prompt, TextToImage
+from zsq.paths import user_path
 from zsq.rng import derived_seed
 
 Prepare = Callable[[Image.Image], Tensor]  # a picture -> (C, H, W), normalised
@@ -52,7 +52,7 @@ def check_pipeline(settings: TextToImage) -> None:
 @contextmanager
 def _diffusers(settings: TextToImage) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The package, and where the pipeline is; what it raises becomes one paragraph."""
-    path = Path(settings.pipeline).expanduser()
+    path = user_path(settings.pipeline, "text-to-image pipeline")
     local = path.is_dir()
     place = {
         "pretrained_model_name_or_path": str(path) if local else settings.pipeline,

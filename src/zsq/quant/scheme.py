@@ -99,7 +99,7 @@ def parse_bits(text: str, *, ends: str = "8bit", placement: str = "research") ->
     Raises:
         UsageError: anything else.
     """
-    match = re.fullmatch(r"W(\d+)(?:A(\d+))?", text.strip().upper())
+    match = re.fullmatch(r"W([0-9]{1,3})(?:A([0-9]{1,3}))?", text.strip().upper())
     if match is None:
         raise UsageError(
             f"Bits must look like W4A4 (weights 4, activations 4) or W4 (weights only), got {text!r}. "
