@@ -1,6 +1,7 @@
 """Fine-tune a student end to end: straight-through weights, fixed activation ranges."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from zsq.distributed import ALONE, Group
-from zsq.errors import JobError
 from zsq.graph.blocks import Unit
 from zsq.health import AGAIN, Watch
 from zsq.images.generator_training import GeneratorTraining, generator_advice
@@ -27,7 +27,7 @@ PIECE = "fine-tuning"  # under which the state after the last finished epoch is 
 GENERATOR = "generator/"  # before the names of a generator's tensors in it
 LOGS_AN_EPOCH = 2
 RETREAT = 1 / 3  # factor of the learning rate after an epoch that was undone
-PROBES = 4  # minibatches that tell whether an epoch made the loss worse
+PROBES = 4  # minibatches that tell the loss before training
 MAX_RETREATS = 5  # of a run; after them the loss may rise
 Finished = MutableMapping[str, dict[str, Tensor]]
 Log = Callable[[int, dict[str, float]], None]
@@ -150,19 +150,18 @@ def fine_tune(
         if generator is None and done < settings.epochs:
             step.remember(images, labels)
 
-        def loss() -> float:
-            """On minibatches that are always the same; nan where a generator makes them."""
-            if generator is not None:
-                return math.nan
-            rng = rng_for(seed, PIECE, "probe")
-            probes = islice(of_images(images, labels, settings.batch_size, rng), PROBES)
-            return sum(step.loss(probe, rng) for probe in probes) / PROBES
-
         steps = settings.epochs * settings.iterations
         advice = f"Lower fine_tuning.lr (now {settings.lr:g}). {AGAIN}"
         if generator is not None:
             advice = f"{generator_advice(generator.settings)} Or: {advice}"
-        began = loss() if piece is None else float(piece["began"])
+        if piece is not None:
+            began = piece["began"].tolist()
+        elif generator is not None:
+            began = []
+        else:
+            rng = rng_for(seed, PIECE, "began")
+            probes = islice(of_images(images, labels, settings.batch_size, rng), PROBES)
+            began = [step.loss(probe, rng) for probe in probes]
         while done < settings.epochs:
             rng = rng_for(seed, PIECE, done)
             if generator is None:
@@ -178,18 +177,13 @@ def fine_tune(
                     group=group,
                 )
             watch = Watch("Fine-tuning", advice, steps=steps, device=images.device, group=group)
-            means = _epoch(step, batches, done, factor * lr_at(done, settings), rng, log, watch)
-            ended = loss()
-            risen = ended - began > settings.undo_rise * abs(began)
-            lost = watch.first() is not None or (generator is None and not math.isfinite(ended))
             exhausted = factor < 0.9 * RETREAT ** (MAX_RETREATS - 1)
-            if lost and exhausted:
+            free = exhausted or generator is not None  # whose images may become harder
+            rate, known = factor * lr_at(done, settings), [] if free else began
+            means, risen = _epoch(step, batches, done, rate, rng, log, watch, known)
+            if watch.first() is not None and exhausted:
                 watch.check()
-                raise JobError(
-                    f"Fine-tuning diverged in epoch {done + 1}: its loss is NaN or infinity then, also after "
-                    f"the learning rate was lowered {MAX_RETREATS} times. {advice}"
-                )
-            if lost or (risen and not exhausted):
+            if risen or watch.first() is not None:
                 factor *= RETREAT
                 go_back(good)
                 continue
@@ -216,8 +210,13 @@ def _epoch(
     rng: torch.Generator,
     log: Log,
     watch: Watch,
-) -> dict[str, float]:
-    """The steps of one epoch, up to where its loss is found not to be finite; mean loss by part."""
+    began: list[float],
+) -> tuple[dict[str, float], bool]:
+    """The steps of one epoch, up to where its loss is found to have risen, or not to be finite.
+
+    Returns:
+        Mean loss by part, and whether it has risen above `began`, losses of minibatches before training.
+    """
     settings = step.settings
     for parameters in step.optimizer.param_groups:
         parameters["lr"] = lr
@@ -232,9 +231,18 @@ def _epoch(
         if (iteration + 1) % interval == 0 or iteration + 1 == settings.iterations:
             means = step.means(totals, iteration + 1)
             log(epoch * settings.iterations + iteration, {**means, "lr": lr})
-            if watch.first() is not None:
+            own = means["loss"] - means.get("perturbed", 0.0)  # of images as they are
+            risen = bool(began) and own > _highest(began, iteration + 1, settings.undo_rise)
+            if risen or watch.first() is not None:
                 break
-    return means
+    return means, risen
+
+
+def _highest(began: list[float], steps: int, rise: float) -> float:
+    """Mean loss over so many steps that is no more than a rise by a share, and three standard errors."""
+    mean = statistics.fmean(began)
+    error = statistics.stdev(began) * math.sqrt(1 / len(began) + 1 / steps)
+    return mean + rise * abs(mean) + 3 * error
 
 
 @torch.no_grad()

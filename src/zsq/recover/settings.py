@@ -186,9 +186,12 @@ class FineTuning:
         lr_decay: factor of `lr` after every `lr_decay_epochs` epochs.
         lr_decay_epochs: see `lr_decay`.
         lr_decays: how often it decays at most.
-        undo_rise: an epoch after which the loss is higher than before the first one, on the same four
-            minibatches and by more than this share of it, is undone, and the rate is a third from there on;
-            with `turns`, where images change, only one whose loss is not finite.
+        undo_rise: an epoch in which the mean loss is above that before training, by more than this share of
+            it and chance, is undone as soon as that is seen, and the rate is a third from there on, at most
+            five times;
+            with `turns`, where images change, only one whose loss is not finite. The first steps at too
+            large a rate move a student so far that what comes after fits it to the images alone:
+            cifar100_resnet20s, W4A4, hast at the quick budget, 24.5 before, 3.9 after.
         ranges: "kept": scales and zero points of the calibrated or reconstructed student. "minmax" (GDFQ and
             those built on it): of weights, lowest and highest value per output channel, anew in every step;
             of activations, a moving average of them over one pass, then fixed.
