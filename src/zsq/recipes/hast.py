@@ -32,6 +32,11 @@ Where the paper and its published code differ, or the code is in error, this is 
   a network of six convolutions, hard labels at 3e-3, weights before saturated activations had grown to 6e14
   after 24 steps, while without it the loss fell steadily.
 * Images are cropped and flipped in every step.
+* When the mean loss of an epoch is above that before training, the student goes back to where the epoch
+  began, and the rate falls to a third (`fine_tuning.undo_rise`). At the rate of the quick budget the first
+  steps move a student so far that what follows fits it to the images alone: W4A4, seed 0, 128 images, 1500
+  test images, cifar100_resnet20s 24.5 before fine-tuning, 3.9 after it, 35.6 with the way back;
+  cifar10_resnet20s, at the published rate 72.9, at three times that 15.9 (65.1 before).
 * Channel attentions are those of the last convolution in the body of each block, found in the graph; in the
   code's networks that is the residual body.
 """

@@ -26,7 +26,7 @@ from zsq.rng import rng_for
 PIECE = "fine-tuning"  # under which the state after the last finished epoch is kept
 GENERATOR = "generator/"  # before the names of a generator's tensors in it
 LOGS_AN_EPOCH = 2
-RETREAT = 1 / 3  # factor of the learning rate after an epoch that was undone
+RETREAT = 3.0  # by which the learning rate is divided after an epoch that was undone
 PROBES = 4  # minibatches that tell the loss before training
 MAX_RETREATS = 5  # of a run; after them the loss may rise
 Finished = MutableMapping[str, dict[str, Tensor]]
@@ -141,10 +141,10 @@ def fine_tune(
                 generator.load(_without(to, GENERATOR))
 
         history: list[dict[str, float]] = []
-        done, factor = 0, 1.0
+        done, retreats = 0, 0
         if piece is not None:
             go_back(piece)
-            done, factor = int(piece["epochs"]), float(piece["lr_factor"])
+            done, retreats = int(piece["epochs"]), int(piece["retreats"])
             history = [_numbers(piece, "first."), _numbers(piece, "last.")]
         good = state()
         if generator is None and done < settings.epochs:
@@ -177,14 +177,14 @@ def fine_tune(
                     group=group,
                 )
             watch = Watch("Fine-tuning", advice, steps=steps, device=images.device, group=group)
-            exhausted = factor < 0.9 * RETREAT ** (MAX_RETREATS - 1)
+            exhausted = retreats == MAX_RETREATS
             free = exhausted or generator is not None  # whose images may become harder
-            rate, known = factor * lr_at(done, settings), [] if free else began
+            rate, known = lr_at(done, settings) / RETREAT**retreats, [] if free else began
             means, risen = _epoch(step, batches, done, rate, rng, log, watch, known)
             if watch.first() is not None and exhausted:
                 watch.check()
             if risen or watch.first() is not None:
-                factor *= RETREAT
+                retreats += 1
                 go_back(good)
                 continue
             done += 1
@@ -193,13 +193,13 @@ def fine_tune(
             finished[PIECE] = {
                 **good,
                 "epochs": torch.tensor(done),
-                "lr_factor": torch.tensor(factor, dtype=torch.float64),
+                "retreats": torch.tensor(retreats),
                 "began": torch.tensor(began, dtype=torch.float64),
                 **_tensors(history[0], "first."),
                 **_tensors(means, "last."),
             }
     trainee.harden(student)
-    return FineTuningResult(settings.epochs, history[0], history[-1], factor)
+    return FineTuningResult(settings.epochs, history[0], history[-1], RETREAT**-retreats)
 
 
 def _epoch(
