@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import network_code
 import numpy as np
 import pytest
 import torch
@@ -18,22 +19,10 @@ from safetensors.torch import save_file
 import zsq.cli
 from zsq.architectures import network_from_file
 
-NETS = """
-import torch
-from torch import nn
-
+NETS = (
+    network_code.SMALL
+    + """
 CLASSES = 6
-
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.linear = nn.Linear(4, CLASSES)
-
-    def forward(self, x):
-        x = torch.relu(self.bn1(self.conv1(x)))
-        return self.linear(torch.relu(self.bn2(self.conv2(x))).mean((2, 3)))
 
 class Answers(Small):
     def __init__(self, answer):
@@ -81,6 +70,7 @@ def negative():
     net.bn1.running_var.fill_(-1)
     return net
 """
+)
 SMALL = ("nets.py:small", "--input-size", "3,8,8")
 MARKER = "executed.txt"  # what code in a file would make
 Maker = Callable[[Path], object]

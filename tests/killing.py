@@ -14,21 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-NETS = """
-import torch
-from torch import nn
+import network_code
+
+NETS = (
+    network_code.SMALL
+    + """
 from torch.nn import functional as F
-
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.linear = nn.Linear(4, 6)
-
-    def forward(self, x):
-        x = torch.relu(self.bn1(self.conv1(x)))
-        return self.linear(torch.relu(self.bn2(self.conv2(x))).mean((2, 3)))
 
 class Attends(nn.Module):
     def __init__(self):
@@ -54,6 +45,7 @@ def attends():
     torch.manual_seed(0)
     return Attends()
 """
+)
 LOG = "log.txt"
 POLL = 2e-4  # seconds between two looks at a child
 

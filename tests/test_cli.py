@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import network_code
 import numpy as np
 import pytest
 from rich.console import Console
@@ -27,27 +28,16 @@ from zsq.progress import Progress
 from zsq.recipe import Reconstruction, with_overrides
 from zsq.recipes import RECIPES
 
-NETWORK = """
-import torch
-from torch import nn
-
+NETWORK = (
+    network_code.SMALL
+    + """
 print("the model file talks")
-
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.linear = nn.Linear(4, 6)
-
-    def forward(self, x):
-        x = torch.relu(self.bn1(self.conv1(x)))
-        return self.linear(torch.relu(self.bn2(self.conv2(x))).mean((2, 3)))
 
 def small():
     torch.manual_seed(SEED)
     return Small()
 """
+)
 SETTINGS = {
     "synthesis.num_images": 8,
     "synthesis.steps": 2,

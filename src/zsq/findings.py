@@ -37,8 +37,9 @@ def network_findings(graph: fx.GraphModule) -> list[Finding]:
         if count:
             found.append(Finding("capture", name, f"{count} of {total} channels: {what}", done))
 
+    norms = set(batch_norms(graph.graph))
     for node in graph.graph.nodes:
-        if node in batch_norms(graph.graph):
+        if node in norms:
             _, mean, var, _, eps = BATCH_NORMS[node.target]
             name = str(node.args[mean].target).rpartition(".")[0] or node.name
             variance, gamma = get_tensor(graph, str(node.args[var].target)), node.args[1]

@@ -81,6 +81,5 @@ class Watch:
         if step is not None:
             raise JobError(
                 f"{self._of} diverged{self._where}: from step {step} of {self._steps} on the loss is NaN "
-                f"or infinity. In a run folder what was finished "
-                f"before is kept. {self._advice}"
+                f"or infinity. In a run folder what was finished before is kept. {self._advice}"
             )

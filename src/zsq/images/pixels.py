@@ -1,7 +1,7 @@
 """Synthesise images as pixels, one batch at a time, each image of a class where the settings say so."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -65,9 +65,8 @@ def synthesize_pixels(
     names = batch_names(settings)
     labels = labels_for(teacher, settings, seed)
     sizes = batch_sizes(settings.num_images, settings.batch_size)
-    parts = [None] * len(sizes) if labels is None else labels.split(sizes)
-    second = _second_for(teacher, settings, labels, seed)
-    seconds = [None] * len(sizes) if second is None else second.split(sizes)
+    parts = _by_batch(labels, sizes)
+    seconds = _by_batch(_second_for(teacher, settings, labels, seed), sizes)
     advice = room_advice(settings)
     targets: Targets | None = None
     if settings.centres is not None and any(name not in finished for name in names):
@@ -116,6 +115,10 @@ def labels_for(teacher: fx.GraphModule, settings: PixelSynthesis, seed: int) -> 
     if settings.classes is None:
         return None
     return balanced_labels(settings.num_images, number_of_classes(teacher), rng_for(seed, "labels"))
+
+
+def _by_batch(labels: Tensor | None, sizes: tuple[int, ...]) -> Sequence[Tensor | None]:
+    return [None] * len(sizes) if labels is None else labels.split(sizes)
 
 
 def _second_for(
