@@ -59,6 +59,10 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def normal(latents: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.randn(latents.shape, generator=rng)
+
+
 def directions_of(probe: Probe, batch: Batch) -> Any:
     return lambda latents: directions(probe(batch.generator(latents), None))
 
@@ -113,7 +117,7 @@ def test_searched_neighbours_are_the_least_similar(batch: Batch, probe: Probe) -
 
     def mean_similarity(seed: int, **options: Any) -> float:
         settings = replace(SETTINGS, radius=2.0, **options)
-        offsets = find_neighbours(batch.latents, at, own, settings, rng(seed))
+        offsets = find_neighbours(batch.latents, at, own, settings, normal(batch.latents, rng(seed)))
         torch.testing.assert_close(offsets.norm(dim=1), torch.full((12,), 2.0), rtol=1e-5, atol=0)
         assert not offsets.requires_grad
         with torch.no_grad():
@@ -143,9 +147,8 @@ def test_latents_without_slope_get_a_random_neighbour() -> None:
         lambda z: ((ones + 0 * z.sum(),),),
         ((ones,),),
         replace(SETTINGS, radius=0.5),
-        rng(),
+        drawn := torch.randn(3, 4, generator=rng()),
     )
-    drawn = torch.randn(3, 4, generator=rng())
     torch.testing.assert_close(offsets, 0.5 * drawn / drawn.norm(dim=1, keepdim=True))
 
 
@@ -180,7 +183,9 @@ def test_gradient_reaches_the_latents_through_the_student(batch: Batch, probe: P
     """Section (f), test 8; through both members of the pair."""
     latents = batch.latents.clone().requires_grad_()
     at = directions_of(probe, batch)
-    offsets = find_neighbours(batch.latents, at, detached(at(batch.latents)), SETTINGS, rng())
+    offsets = find_neighbours(
+        batch.latents, at, detached(at(batch.latents)), SETTINGS, normal(batch.latents, rng())
+    )
     own, there = at(latents), at(latents + offsets)
     slopes = [
         torch.autograd.grad(gradient_match(a, b), latents, retain_graph=True)[0]
@@ -205,7 +210,7 @@ def test_refinement_raises_the_worst_similarity(
 
         own, total = detached(at(latents)), 0.0
         for seed in range(4):
-            offsets = find_neighbours(latents, at, own, settings, rng(100 + seed))
+            offsets = find_neighbours(latents, at, own, settings, normal(latents, rng(100 + seed)))
             with torch.no_grad():
                 total += float(similarity(at(latents + offsets), own).mean()) / 4
         return total

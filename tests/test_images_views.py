@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from image_networks import SIZE, AfterReLU, PreActivation, Residual, captured, photographs
 from torch import fx, nn
 
-from zsq.images.views import draw_shifts, shift, swing
+from zsq.images.views import draw_shifts, shift, shift_by, swing
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +139,26 @@ def test_gradient_through_the_view(residual: fx.GraphModule) -> None:
     view = copy.deepcopy(swing(residual)[0]).double()
     images = photographs(2, SIZE).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: view(x, [[1, -1], [-1, 1]]), images, fast_mode=True)
+
+
+@pytest.mark.parametrize("size", [(2, 3), (3, 3), (8, 7)])
+@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_shift_that_the_host_does_not_know_is_the_same(
+    size: tuple[int, int], most: int, layout: torch.memory_format
+) -> None:
+    for axis in (-2, -1):
+        for offset in range(-most, most + 1) if size[axis] > most else ():
+            x = torch.randn(2, 3, *size, dtype=torch.float64).contiguous(memory_format=layout)
+            known, unknown = x.clone().requires_grad_(), x.clone().requires_grad_()
+            y, z = shift(known, offset, axis), shift_by(unknown, torch.tensor(offset), axis, most=most)
+            assert torch.equal(y, z)
+            slope = torch.randn_like(y)
+            wanted, got = (torch.autograd.grad(a, b, slope)[0] for a, b in ((y, known), (z, unknown)))
+            assert torch.equal(wanted, got), (axis, offset)
+
+
+def test_swing_takes_shifts_as_a_tensor() -> None:
+    view, count = swing(captured(Residual))
+    x, shifts = torch.randn(2, *SIZE), draw_shifts(count, torch.Generator().manual_seed(1))
+    assert torch.equal(view(x, shifts), view(x, torch.tensor(shifts)))

@@ -26,6 +26,8 @@ GROUND = {
     "amounts",
     "health",
     "paths",
+    "replay",
+    "kernels",
 }
 MODELS = {"architectures", "bundled", "weight_files", "teacher", "models"}
 SETTINGS = {

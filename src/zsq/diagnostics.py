@@ -15,6 +15,7 @@ from zsq.errors import UsageError
 from zsq.generalisation import Generalisation, generalisation
 from zsq.graph.blocks import split
 from zsq.images.settings import Scope
+from zsq.kernels import reproducible
 from zsq.models import Teacher
 from zsq.pipeline import captured
 from zsq.recipe import Equalization, Recipe
@@ -76,19 +77,21 @@ def diagnose(
             f"teacher has {teacher.sha256[:12]}... Give the model that was quantized."
         )
     target = torch.device(device)
-    original, _ = rewritten(captured(teacher, target), _rewriting(run.record["recipe"]))
-    student = run.student if target.type == "cpu" else copy.deepcopy(run.student).to(target)
-    units = split(original.graph)
-    own, others = run.images.to(target), images.to(target)
-    flat = {
-        name: sharpness(original, student, units, x, relative_radius=relative_radius, power_steps=power_steps)
-        for name, x in (("own", own), ("others", others))
-    }
-    return Diagnostics(
-        **flat,
-        alignment=gradient_alignment(original, student, units, own, others, gradients=gradients),
-        generalisation=generalisation(original, student, units, own, others),
-    )
+    with reproducible(target):
+        original, _ = rewritten(captured(teacher, target), _rewriting(run.record["recipe"]))
+        student = run.student if target.type == "cpu" else copy.deepcopy(run.student).to(target)
+        units = split(original.graph)
+        own, others = run.images.to(target), images.to(target)
+        size = {"relative_radius": relative_radius, "power_steps": power_steps}
+        flat = {
+            name: sharpness(original, student, units, x, **size)  # type: ignore[arg-type]
+            for name, x in (("own", own), ("others", others))
+        }
+        return Diagnostics(
+            **flat,
+            alignment=gradient_alignment(original, student, units, own, others, gradients=gradients),
+            generalisation=generalisation(original, student, units, own, others),
+        )
 
 
 def _rewriting(described: Mapping[str, Any]) -> Recipe:

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from zsq.distributed import ALONE, Group
 from zsq.graph.blocks import Unit, extract
+from zsq.kernels import reproducible
 from zsq.out_of_memory import in_chunks
 from zsq.recover.losses import energies, signal_to_noise
 
@@ -58,7 +59,8 @@ def accuracy(
             found: Tensor = model(x[rows].to(device))
             return found
 
-        pieces = [piece for _, piece in in_chunks(forward, len(images), len(images), "evaluation")]
+        with reproducible(device):
+            pieces = [piece for _, piece in in_chunks(forward, len(images), len(images), "evaluation")]
         logits, labels = torch.cat(pieces), labels.to(device)
         if logits.ndim != 2:
             raise ValueError(f"accuracy needs logits (N, K), the model returns {tuple(logits.shape)}")

@@ -58,11 +58,11 @@ class Watch:
         self._where = f" in {where}" if where else ""
         self._first = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def see(self, step: int, losses: Iterable[Tensor]) -> None:
+    def see(self, step: int | Tensor, losses: Iterable[Tensor]) -> None:
         """Take notice of the losses (scalars) of a step (0-based); nothing waits for the device."""
         for loss in losses:
             broken = (self._first < 0) & ~loss.detach().isfinite()
-            self._first = torch.where(broken, step, self._first)
+            self._first.copy_(torch.where(broken, step, self._first))
 
     def first(self) -> int | None:
         """The first step (from 1) whose loss was not finite in any of the processes; waits for the device."""

@@ -32,6 +32,7 @@ from zsq.images.prompts import TextToImage
 from zsq.images.settings import Synthesis
 from zsq.images.text_to_image import check_pipeline
 from zsq.inspection import codes_of, inspect
+from zsq.kernels import reproducible
 from zsq.memory import cache_bytes, read_bytes
 from zsq.models import Teacher, load_model
 from zsq.pictures import mode_of
@@ -183,7 +184,10 @@ def quantize(
     finished = finished_run(folder, identity, force=force, command=command) if group.size == 1 else None
     if finished is not None:
         return finished
-    with open_state(folder, identity, force=force, command=command, group=group) as state:
+    with (
+        reproducible(target),
+        open_state(folder, identity, force=force, command=command, group=group) as state,
+    ):
         check_made(made or {}, settings, teacher.spec)
         pieces = ChainMap(state, made or {})
         scratch = folder / STATE if folder is not None and folder.is_dir() else Path(tempfile.gettempdir())
@@ -248,7 +252,7 @@ def synthesize_images(
     folder = Path(out) if out is not None else None
     identity = identity_of("synthesize", teacher, settings, None, seed, target)
     identity |= _plan_identity(graph, teacher, settings, seed)
-    with open_state(folder, identity, force=force, command=None, group=group) as state:
+    with reproducible(target), open_state(folder, identity, force=force, command=None, group=group) as state:
         account, keep = Account(progress, group), made is not None
         found = make_images(graph, teacher, settings, None, seed, target, state, account, keep_sources=keep)
         if made is not None:

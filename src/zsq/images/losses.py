@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zsq.images.forward import ForwardPass
-from zsq.images.prior import STANDARD, InputPrior
+from zsq.images.prior import STANDARD, InputPrior, constant
 
 STATISTICS_KERNEL = ("cpu", "cuda")  # devices that have the reduction kernel of BatchNorm
 
@@ -144,8 +144,7 @@ class InputStatistics:
         mean, std = channel_statistics(forward.images.reshape(1, n * c, h, w))
         if not self.prior.is_standard:
             shift, scale = (
-                torch.tensor(v, dtype=mean.dtype, device=mean.device).repeat(n)
-                for v in (self.prior.mean, self.prior.std)
+                constant(v, mean.device).to(mean.dtype).repeat(n) for v in (self.prior.mean, self.prior.std)
             )
             mean, std = (mean - shift) / scale, std / scale
         return (mean.square() + (std - 1).square()).sum() / n

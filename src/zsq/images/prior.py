@@ -1,6 +1,7 @@
 """What is known of images before anything is optimised: mean and deviation of their channels."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class InputPrior:
         """Images (N, C, H, W) of mean 0 and deviation 1 brought to this mean and deviation."""
         if self.is_standard:
             return standard
-        mean, std = (torch.tensor(v, device=standard.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (constant(v, standard.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return standard * std + mean
 
 
@@ -58,6 +59,12 @@ class PixelLimits:
         mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in prior.of(len(self.lowest)))
         lowest, highest = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (self.lowest, self.highest))
         return (lowest - mean) / std, (highest - mean) / std
+
+
+@lru_cache(maxsize=64)
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers as a float32 tensor on a device, copied there once: the host would wait for every copy."""
+    return torch.tensor(values, device=device)
 
 
 STANDARD = InputPrior((), ())  # mean 0 and deviation 1, for any number of channels

@@ -22,9 +22,10 @@ from zsq.images.gradients import (
 )
 from zsq.images.losses import BatchNormStatistics, InputStatistics
 from zsq.images.prior import STANDARD, InputPrior
-from zsq.images.schedules import LOGS_A_BATCH, check_finite, latent_optimizer
+from zsq.images.schedules import LOGS_A_BATCH, check_finite, generator_rates, latent_optimizer
 from zsq.images.settings import Refinement, Synthesis
 from zsq.images.synthesize import Batch
+from zsq.replay import Course, Replay, can_record
 from zsq.rng import rng_for
 
 START = 0.1  # length of the random start of a neighbour search, relative to the radius
@@ -155,7 +156,13 @@ def refine_batch(
         f"{settings.lr_generator})."
     )
     watch = Watch("The refinement of images", advice, steps=settings.steps, device=device, where=where)
-    for step in range(settings.steps):
+    rates = generator_rates(settings, interval=settings.generator_decay_interval)
+
+    def starts() -> Tensor:
+        """Where this step's neighbour searches start; a draw for every step that looks for neighbours."""
+        return torch.randn(latents.shape, generator=rng)
+
+    def learn(start: Tensor | None) -> dict[str, Tensor]:
         parts: dict[str, tuple[float, Tensor]] = {}
         forward = observer(images_at(latents))
         if settings.bn_weight > 0:
@@ -163,26 +170,50 @@ def refine_batch(
             parts["bn"] = settings.bn_weight, synthesis.bn_weight * bn_statistics(forward) + image_loss
         if matching or settings.diversity_weight > 0:
             own = directions(probe(forward.images, forward.logits))
-        if matching:
-            offsets = find_neighbours(latents.detach(), directions_at, detached(own), settings, rng)
+        if start is not None:
+            offsets = find_neighbours(latents.detach(), directions_at, detached(own), settings, start)
             match = gradient_match(own, directions_at(latents + offsets))
             parts["match"] = settings.match_weight, match
         if settings.diversity_weight > 0:
             spread = diversity(own, bank, threshold=settings.diversity_threshold)
             parts["diversity"] = settings.diversity_weight, spread
-        if not parts:
-            break
         loss = torch.stack([weight * part for weight, part in parts.values()]).sum()
         optimizer.zero_grad()
         loss.backward(inputs=parameters)
         optimizer.step()
-        watch.see(step, [loss])
         plateau.step(loss.detach())
-        if (step + 1) % settings.generator_decay_interval == 0:
-            optimizer.param_groups[1]["lr"] *= settings.generator_decay
+        return {"loss": loss, **{name: part for name, (_, part) in parts.items()}}
+
+    of_generator = optimizer.param_groups[1]
+    names: list[str] = []
+    recorded = None
+    steps = settings.steps if settings.bn_weight > 0 or matching or settings.diversity_weight > 0 else 0
+    if can_record(device) and steps:
+        drawn = {"starts": torch.stack([starts() for _ in range(steps)])} if matching else {}
+        course = Course(device, rates=torch.tensor(rates), **drawn)
+        of_generator["lr"] = torch.zeros((), device=device)
+
+        def learn_next() -> tuple[Tensor, ...]:
+            row = course.row()
+            of_generator["lr"].copy_(row["rates"])
+            losses = learn(row.get("starts"))
+            names[:] = losses
+            watch.see(course.step, [losses["loss"]])
+            course.advance()
+            return tuple(losses.values())
+
+        recorded = Replay(learn_next, device)
+    for step in range(steps):
+        if recorded is not None:
+            losses = recorded()
+            values = dict(zip(names, losses, strict=True))
+        else:
+            of_generator["lr"] = rates[step]
+            values = learn(starts().to(device) if matching else None)
+            watch.see(step, [values["loss"]])
         if step % log_every == 0 or step == settings.steps - 1:
             watch.check()
-            log(step, {"loss": loss.item(), **{name: part.item() for name, (_, part) in parts.items()}})
+            log(step, {name: value.item() for name, value in values.items()})
     with torch.no_grad():
         images = images_at(latents)
         found = directions(probe(images, None))
@@ -195,7 +226,7 @@ def find_neighbours(
     directions_at: Callable[[Tensor], Gradients],
     own: Gradients,
     settings: Refinement,
-    rng: torch.Generator,
+    drawn: Tensor,
 ) -> Tensor:
     """Offsets of length `radius`, one a latent, at which the gradients are the least similar to `own`.
 
@@ -210,12 +241,11 @@ def find_neighbours(
         directions_at: latents -> directions.
         own: directions at `latents`, without history.
         settings: radius, kind of search and number of steps.
-        rng: on the CPU.
+        drawn: (N, L), normal numbers; the directions of the random offsets.
 
     Returns:
         (N, L), no gradient. Where the similarity has no slope, the offset is the random one at full length.
     """
-    drawn = torch.randn(latents.shape, generator=rng).to(latents.device)
     start = drawn / drawn.norm(dim=1, keepdim=True)
     published = settings.neighbour == "published"
     if published:

@@ -9,6 +9,7 @@ from zsq.errors import JobError
 from zsq.images.look_settings import Cosine
 from zsq.images.settings import Refinement, Synthesis
 from zsq.images.sources import LatentGenerator
+from zsq.replay import can_record
 
 LOGS_A_BATCH = 20
 WINDOW = 50  # steps over which the loss is averaged to see whether it still falls
@@ -42,12 +43,12 @@ class Plateau:
     def step(self, loss: Tensor) -> None:
         """Take notice of the loss (scalar, detached) of one optimizer step."""
         better = loss < self._best * (1 - PLATEAU_THRESHOLD)
-        self._best = torch.where(better, loss, self._best)
-        self._waited = torch.where(better, 0.0, self._waited + 1)
-        reduce = self._waited > self._patience
+        self._best.copy_(torch.where(better, loss, self._best))
+        waited = torch.where(better, 0.0, self._waited + 1)
+        reduce = waited > self._patience
         lower = torch.minimum(self.lr, (self.lr * self._factor).clamp(min=self._min))
         self.lr.copy_(torch.where(reduce, lower, self.lr))
-        self._waited = torch.where(reduce, 0.0, self._waited)
+        self._waited.copy_(torch.where(reduce, 0.0, waited))
 
 
 class Annealing:
@@ -115,6 +116,14 @@ def cooling(step: int, settings: Synthesis) -> float:
     return min(1.0, (settings.steps - step) / length) if length else 1.0
 
 
+def generator_rates(settings: Synthesis | Refinement, *, interval: int) -> list[float]:
+    """The generator's learning rate in steps 0 .. `steps`, before any cooling: lower after each interval."""
+    rates = [settings.lr_generator]
+    for step in range(settings.steps):
+        rates.append(rates[-1] * (settings.generator_decay if (step + 1) % interval == 0 else 1.0))
+    return rates
+
+
 def schedule(settings: Synthesis) -> tuple[int, int]:
     """Patience of the latents' learning rate and decay interval of the generator's, in steps.
 
@@ -147,7 +156,7 @@ def latent_optimizer(
         {"params": [latents], "lr": plateau.lr},  # read anew in every step
         {"params": list(generator.parameters()), "lr": settings.lr_generator},
     ]
-    return torch.optim.Adam(groups, fused=True), plateau
+    return torch.optim.Adam(groups, fused=True, capturable=can_record(latents.device)), plateau
 
 
 def check_finite(images: Tensor, stage: str, advice: str) -> None:

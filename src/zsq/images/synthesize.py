@@ -21,13 +21,15 @@ from zsq.images.schedules import (
     Convergence,
     check_finite,
     cooling,
+    generator_rates,
     latent_optimizer,
     schedule,
 )
 from zsq.images.settings import Synthesis
 from zsq.images.sources import LatentGenerator
-from zsq.images.views import draw_shifts, swing
+from zsq.images.views import Shifts, draw_shifts, swing
 from zsq.out_of_memory import no_room
+from zsq.replay import Course, Replay, can_record
 from zsq.rng import rng_for
 
 SMALLEST_BATCH = 8  # statistics of fewer images are too noisy to match
@@ -205,9 +207,10 @@ def synthesize_batch(
         f"{settings.lr_generator}), or synthesis.precision=float32 (now {settings.precision})."
     )
     watch = Watch("The synthesis of images", advice, steps=settings.steps, device=device, where=where)
-    lr_generator = settings.lr_generator
-    for step in range(settings.steps):
-        shifts = draw_shifts(num_swinging, rng) if settings.swing else still
+    rates = generator_rates(settings, interval=interval)
+    factors = [cooling(step, settings) for step in range(settings.steps + 1)]
+
+    def learn(shifts: Shifts) -> tuple[Tensor, Tensor, Tensor]:
         with reduced:
             images = prior.apply(generator(latents))
             forward = observer(images.contiguous(memory_format=torch.channels_last), shifts)
@@ -216,19 +219,47 @@ def synthesize_batch(
         optimizer.zero_grad()
         loss.backward(inputs=parameters)
         optimizer.step()
-        watch.see(step, [loss])
         plateau.step(loss.detach())
-        if (step + 1) % interval == 0:
-            lr_generator *= settings.generator_decay
-        if (factor := cooling(step + 1, settings)) < 1:
-            optimizer.param_groups[0]["lr"] = plateau.lr * factor
-        optimizer.param_groups[1]["lr"] = lr_generator * factor
+        return loss, bn_loss, image_loss
+
+    of_latents, of_generator = optimizer.param_groups
+    recorded = None
+    if can_record(device):
+        drawn = [draw_shifts(num_swinging, rng) for _ in range(settings.steps if settings.swing else 0)]
+        course = Course(
+            device,
+            rates=torch.tensor([factors, [rate * f for rate, f in zip(rates, factors, strict=True)]]).T,
+            **({"shifts": torch.tensor(drawn).view(-1, num_swinging, 2)} if drawn else {}),
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = torch.zeros((), device=device)
+
+        def learn_next() -> tuple[Tensor, ...]:
+            row = course.row()
+            of_latents["lr"].copy_(plateau.lr * row["rates"][0])
+            of_generator["lr"].copy_(row["rates"][1])
+            losses = learn(row.get("shifts", still))
+            watch.see(course.step, losses[:1])
+            course.advance()
+            return losses
+
+        recorded = Replay(learn_next, device)
+    for step in range(settings.steps):
+        if recorded is not None:
+            loss, bn_loss, image_loss = recorded()
+        else:
+            loss, bn_loss, image_loss = learn(draw_shifts(num_swinging, rng) if settings.swing else still)
+            watch.see(step, [loss])
+            if factors[step + 1] < 1:
+                of_latents["lr"] = plateau.lr * factors[step + 1]
+            of_generator["lr"] = rates[step + 1] * factors[step + 1]
         ended = convergence.reached(step, loss.detach())
         if step % log_every == 0 or step == settings.steps - 1 or ended:
             watch.check()
-            lr_latent, lr = (group["lr"] for group in optimizer.param_groups)
-            values = {"loss": loss, "bn": bn_loss, "image": image_loss, "lr_latent": lr_latent}
-            log(step, {n: v.item() for n, v in values.items()} | {"lr_generator": lr})
+            values = {"loss": loss, "bn": bn_loss, "image": image_loss, "lr_latent": plateau.lr}
+            shown = {name: value.item() for name, value in values.items()}
+            shown["lr_latent"] *= factors[step + 1]
+            log(step, shown | {"lr_generator": rates[step + 1] * factors[step + 1]})
         if ended:
             break
     with torch.no_grad(), reduced:

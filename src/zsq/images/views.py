@@ -13,7 +13,8 @@ CONVOLUTIONS: dict[Any, int] = {  # -> position of the stride
     aten.conv2d.padding: 3,
     aten.convolution.default: 3,
 }
-Shifts = list[list[int]]  # one [dy, dx] for every strided convolution, in pixels of its input
+# One [dy, dx] for every strided convolution, in pixels of its input; a tensor if only the device knows them.
+Shifts = list[list[int]] | Tensor
 
 
 def swing(graph_module: fx.GraphModule, *, jitter: int = 1) -> tuple[fx.GraphModule, int]:
@@ -49,7 +50,7 @@ def swing(graph_module: fx.GraphModule, *, jitter: int = 1) -> tuple[fx.GraphMod
     return fx.GraphModule(graph_module, graph, "Swing"), len(strided)
 
 
-def draw_shifts(num_layers: int, rng: torch.Generator, *, jitter: int = 1) -> Shifts:
+def draw_shifts(num_layers: int, rng: torch.Generator, *, jitter: int = 1) -> list[list[int]]:
     """Shifts for one forward pass: dy and dx uniform in -jitter..jitter, for every layer.
 
     Args:
@@ -64,7 +65,10 @@ def shift_layer(x: Tensor, shifts: Shifts, layer: int, jitter: int) -> Tensor:
     """Input of the strided convolution number `layer`, shifted; what `swing` puts into the graph."""
     for axis, offset in zip((-2, -1), shifts[layer], strict=True):
         most = min(jitter, x.shape[axis] - 1)
-        x = shift(x, max(-most, min(most, offset)), axis)
+        if isinstance(offset, Tensor):
+            x = shift_by(x, offset.clamp(-most, most), axis, most=most) if most else x
+        else:
+            x = shift(x, max(-most, min(most, offset)), axis)
     return x
 
 
@@ -84,6 +88,19 @@ def shift(x: Tensor, offset: int, axis: int) -> Tensor:
     if abs(offset) >= x.shape[axis]:
         raise ValueError(f"cannot shift by {offset} along an axis of {x.shape[axis]}")
     y: Tensor = _Shift.apply(x, offset, axis)
+    return y
+
+
+def shift_by(x: Tensor, offset: Tensor, axis: int, *, most: int) -> Tensor:
+    """`shift` by an offset that only the device knows, same values and gradients.
+
+    Args:
+        x: any shape, its axis longer than `most`.
+        offset: scalar, int64, -most..most.
+        axis: which axis.
+        most: largest distance, > 0.
+    """
+    y: Tensor = _ShiftBy.apply(x, offset, axis, most)
     return y
 
 
@@ -109,6 +126,51 @@ class _Shift(torch.autograd.Function):
         for target, source in reflected:
             result.narrow(ctx.axis, *source).add_(grad.narrow(ctx.axis, *target))
         return result, None, None
+
+
+class _ShiftBy(torch.autograd.Function):
+    """y[i] = x[r(i)], r(i) = i + offset reflected; terms of the gradient are added in one order always."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, offset: Tensor, axis: int, most: int) -> Tensor:
+        ctx.save_for_backward(offset)
+        ctx.axis, ctx.most = axis, most
+        last = x.shape[axis] - 1
+        found = torch.arange(last + 1, device=x.device) + offset
+        return _select(x, axis, last - (last - found.abs()).abs())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (offset,), axis, most = ctx.saved_tensors, ctx.axis, ctx.most
+        last = grad.shape[axis] - 1
+        every = torch.arange(last + 1, device=grad.device)
+        result = _select(grad, axis, (every - offset).clamp(0, last))
+        # Near an edge x[j] may have no y of its own, and another that was reflected to it at either edge.
+        for start in (0, last - most):
+            near = every[start : start + most + 1]
+            own, left, right = near - offset, -near - offset, 2 * last - near - offset
+            terms = (
+                (own, (own >= 0) & (own <= last)),
+                (left, (left >= 0) & (left + offset < 0)),
+                (right, (right <= last) & (right + offset > last)),
+            )
+            pieces = [_select(grad, axis, i.clamp(0, last)) * _along(grad, axis, there) for i, there in terms]
+            result.narrow(axis, start, most + 1).copy_(pieces[0] + pieces[1] + pieces[2])
+        return result, None, None, None
+
+
+def _select(x: Tensor, axis: int, index: Tensor) -> Tensor:
+    """`x.index_select` that keeps the memory format of images."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        inner = x.permute(0, 2, 3, 1).index_select({-2: 1, -1: 2}[axis], index)
+        return inner.permute(0, 3, 1, 2)
+    return x.index_select(axis, index)
+
+
+def _along(x: Tensor, axis: int, values: Tensor) -> Tensor:
+    """`values` so that they lie along an axis (from the end) of `x`."""
+    return values.to(x.dtype).view(-1, *[1] * (-axis - 1))
 
 
 def _moves(length: int, offset: int) -> Sequence[tuple[tuple[int, int], tuple[int, int]]]:

@@ -91,15 +91,19 @@ def soft_quantize(
     return _soft_quantize(base, logits, scale, zero_point, qmin, qmax)
 
 
-def rounding_regulariser(logits: Tensor, beta: float) -> Tensor:
+def rounding_regulariser(logits: Tensor, beta: float | Tensor) -> Tensor:
     """Sum over weights of 1 - |2 h(V) - 1|^beta: 0 when every h is 0 or 1, at most one per weight.
 
     A sum, not a mean: it is scaled to go with a reconstruction loss summed over channels.
 
+    Args:
+        logits: rounding logits V.
+        beta: at least 1; a scalar tensor on their device is taken as it is.
+
     Raises:
         ValueError: beta < 1, where the gradient is unbounded at h = 0.5.
     """
-    if beta < 1:
+    if not isinstance(beta, Tensor) and beta < 1:
         raise ValueError(f"beta must be at least 1, got {beta}")
     return _regulariser(logits, beta)
 
@@ -140,7 +144,7 @@ class _Regulariser(torch.autograd.Function):
     """Value and gradient from one power: |u|^beta = |u|^(beta - 1) |u|, u = 2 h - 1."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, beta: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, beta: float | Tensor) -> Tensor:
         sigmoid = torch.sigmoid(logits)
         u = (sigmoid * (2 * (ZETA - GAMMA))).add_(2 * GAMMA - 1).clamp_(-1, 1)
         power = u.abs().pow_(beta - 1)

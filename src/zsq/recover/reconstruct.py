@@ -4,6 +4,8 @@ import copy
 import math
 from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from zsq.recipe import Calibration, Reconstruction, StatisticalRanges
 from zsq.recover.losses import energies, output_distance, signal_to_noise
 from zsq.recover.storage import MEMORY, Storage
 from zsq.recover.unit_maps import UnitMaps, map_unit, unit_maps
+from zsq.replay import Course, Replay, can_record
 from zsq.rng import rng_for
 
 CHUNK = 64  # images a forward pass when caching
@@ -285,6 +288,8 @@ def _reconstruct_unit(
         m.scale for m in part.modules() if isinstance(m, ActivationQuantizer) and m not in settled
     ]
     logits = [m.rounding_logits for m in learned.values()]
+    device = device_of(part)
+    recordable = can_record(device) and group.size == 1 and storage.folder is None
     optimizer = torch.optim.Adam(
         [
             {"params": logits, "lr": settings.lr_rounding},
@@ -292,10 +297,10 @@ def _reconstruct_unit(
             {"params": activation_scales, "lr": settings.lr_activation_scale},
         ],
         fused=True,
+        capturable=recordable,
     )
     for scale in activation_scales:
         scale.requires_grad_(True)
-    device = device_of(part)
     draw = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=rng)))
     batches = minibatches(len(targets[0]), settings.batch_size, rng)
     count = min(settings.batch_size, len(targets[0]))
@@ -319,35 +324,45 @@ def _reconstruct_unit(
         where=f"unit {where}",
         group=group,
     )
+
+    def learn(index: Tensor, beta: float | Tensor | None) -> tuple[Tensor, Tensor]:
+        inputs = [
+            mix(take(s, index), take(t, index), settings.input_mix_prob, draw, rows)
+            for s, t in zip(student_inputs, teacher_inputs, strict=True)
+        ]
+        distance = torch.zeros((), device=device)
+        outputs = part(*inputs)
+        for output, target in zip(outputs, targets, strict=True):
+            distance = distance + output_distance(output, take(target, index), channel_axis=channel_axis)
+        if maps is not None:
+            distance = distance + maps(outputs[0], take(targets[0], index), index)
+        distance = distance * share  # the processes' shares add up to the mean over the minibatch
+        loss = distance
+        if beta is not None:
+            for values in logits:
+                loss = loss + rounding_weight * rounding_regulariser(values, beta)
+        optimizer.zero_grad()
+        loss.backward()
+        group.add([p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None])
+        optimizer.step()
+        with torch.no_grad():
+            for scale in (*activation_scales, *(m.scale for m in learned.values())):
+                scale.clamp_(min=MIN_SCALE)
+        return loss, distance
+
+    of_scales = {1: settings.lr_weight_scale, 2: settings.lr_activation_scale}  # by group, cosine to 0
+    recorded = None
+    if recordable:
+        recorded = _recorded(learn, optimizer, of_scales, batches, settings, device, draw, watch)
     with dropping(part, settings.drop_prob, draw, rows), no_room(advice):
         for step in range(settings.steps):
-            index = next(batches)[mine].to(device)
-            inputs = [
-                mix(take(s, index), take(t, index), settings.input_mix_prob, draw, rows)
-                for s, t in zip(student_inputs, teacher_inputs, strict=True)
-            ]
-            cosine = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-            optimizer.param_groups[1]["lr"] = settings.lr_weight_scale * cosine
-            optimizer.param_groups[2]["lr"] = settings.lr_activation_scale * cosine
-            distance = torch.zeros((), device=device)
-            outputs = part(*inputs)
-            for output, target in zip(outputs, targets, strict=True):
-                distance = distance + output_distance(output, take(target, index), channel_axis=channel_axis)
-            if maps is not None:
-                distance = distance + maps(outputs[0], take(targets[0], index), index)
-            distance = distance * share  # the processes' shares add up to the mean over the minibatch
-            loss, beta = distance, beta_at(step, settings)
-            if beta is not None:
-                for values in logits:
-                    loss = loss + rounding_weight * rounding_regulariser(values, beta)
-            optimizer.zero_grad()
-            loss.backward()
-            group.add([p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None])
-            optimizer.step()
-            watch.see(step, [loss])
-            with torch.no_grad():
-                for scale in (*activation_scales, *(m.scale for m in learned.values())):
-                    scale.clamp_(min=MIN_SCALE)
+            if recorded is not None:
+                loss, distance = recorded(step)
+            else:
+                for number, lr in of_scales.items():
+                    optimizer.param_groups[number]["lr"] = lr * _cosine(step, settings)
+                loss, distance = learn(next(batches)[mine].to(device), beta_at(step, settings))
+                watch.see(step, [loss])
             if step % RELEASE_EVERY == 0:
                 storage.release()
             if step % log_every == 0 or step == settings.steps - 1:
@@ -360,6 +375,49 @@ def _reconstruct_unit(
         scale.grad = None
     for name, module in learned.items():
         part.set_submodule(name, module.harden())
+
+
+def _recorded(
+    learn: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    of_scales: dict[int, float],
+    batches: Iterator[Tensor],
+    settings: Reconstruction,
+    device: torch.device,
+    draw: torch.Generator,
+    watch: Watch,
+) -> Callable[[int], tuple[Tensor, ...]]:
+    """The steps of `_reconstruct_unit` with all that changes between them on the device: step -> losses."""
+    exponents = [beta_at(step, settings) or 0.0 for step in range(settings.steps)]
+    rates = [[lr * _cosine(step, settings) for lr in of_scales.values()] for step in range(settings.steps)]
+    course = Course(
+        device,
+        index=torch.stack(list(islice(batches, settings.steps))),
+        rates=torch.tensor(rates),
+        beta=torch.tensor(exponents),
+    )
+    for number in of_scales:
+        optimizer.param_groups[number]["lr"] = torch.zeros((), device=device)
+
+    def learn_next(*, regularised: bool) -> tuple[Tensor, Tensor]:
+        row = course.row()
+        for number, rate in zip(of_scales, row["rates"], strict=True):
+            optimizer.param_groups[number]["lr"].copy_(rate)
+        losses = learn(row["index"], row["beta"] if regularised else None)
+        watch.see(course.step, losses[:1])
+        course.advance()
+        return losses
+
+    with_and_without = [
+        Replay(partial(learn_next, regularised=regularised), device, generators=[draw])
+        for regularised in (False, True)
+    ]
+    return lambda step: with_and_without[beta_at(step, settings) is not None]()
+
+
+def _cosine(step: int, settings: Reconstruction) -> float:
+    """Factor of the learning rates of scales at a step (0-based): half a cosine from 1 to 0 at `steps`."""
+    return 0.5 * (1 + math.cos(math.pi * step / settings.steps))
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,21 @@
+"""Which kernels a device computes with: those that give the same bits again, in full float32."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def reproducible(device: torch.device | str) -> Iterator[None]:
+    """Within it CUDA's convolutions give the same bits every time, and float32 ones are in float32.
+
+    PyTorch lets cuDNN add up in an open order, and round the operands of float32 convolutions to 10 bits
+    (TF32): then a rounding of an activation may fall to the other side than in the engine that runs the model
+    later. Nothing changes on other devices.
+    """
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
