@@ -1,6 +1,5 @@
 """One row of a benchmark: the images, the quantized network and its accuracy."""
 
-import copy
 import json
 import os
 import platform
@@ -26,6 +25,7 @@ from zsq.data import load_images
 from zsq.diagnostics import diagnose
 from zsq.errors import UsageError
 from zsq.evaluate import CHUNK, accuracy
+from zsq.graph.capture import moved
 from zsq.images.pixel_settings import MadeInBatches
 from zsq.images.synthesize import batch_names, batch_sizes
 from zsq.pipeline import quantize, synthesize_images
@@ -114,7 +114,7 @@ def is_complete(row: Mapping[str, Any], plan: Plan) -> bool:
 
 def measure(model: nn.Module, plan: Plan, device: str) -> dict[str, Any]:
     """Accuracy on the network's labelled images: "top1", "top5" and "num_images"."""
-    model = model if device == "cpu" else copy.deepcopy(model).to(device)
+    model = model if device == "cpu" else moved(model, device)
     return accuracy(model, plan.dataset.batches(CHUNK), device=device).to_json()
 
 

@@ -3,17 +3,17 @@
 Nothing in a run depends on these figures, and none of them is an accuracy.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from zsq.errors import UsageError
 from zsq.generalisation import Generalisation, generalisation
 from zsq.graph.blocks import split
+from zsq.graph.capture import moved
 from zsq.images.settings import Scope
 from zsq.kernels import reproducible
 from zsq.models import Teacher
@@ -79,7 +79,7 @@ def diagnose(
     target = torch.device(device)
     with reproducible(target):
         original, _ = rewritten(captured(teacher, target), _rewriting(run.record["recipe"]))
-        student = run.student if target.type == "cpu" else copy.deepcopy(run.student).to(target)
+        student = run.student if target.type == "cpu" else cast(fx.GraphModule, moved(run.student, target))
         units = split(original.graph)
         own, others = run.images.to(target), images.to(target)
         size = {"relative_radius": relative_radius, "power_steps": power_steps}

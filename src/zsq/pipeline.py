@@ -1,6 +1,5 @@
 """From a teacher to a low-bit student: the stages, top to bottom."""
 
-import copy
 import logging
 import shutil
 import tempfile
@@ -8,7 +7,7 @@ from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +21,7 @@ from zsq.estimate import FIT, estimated_drop, predictors
 from zsq.evaluate import agreement, unit_signal_to_noise
 from zsq.findings import image_findings, network_findings, student_findings, undone
 from zsq.graph.blocks import Unit, split
-from zsq.graph.capture import capture
+from zsq.graph.capture import capture, moved
 from zsq.images.class_losses import number_of_classes
 from zsq.images.forward import observe
 from zsq.images.generator_settings import GeneratorSynthesis
@@ -283,8 +282,8 @@ def _device(device: torch.device | str) -> torch.device:
 
 def captured(teacher: Teacher, device: torch.device) -> fx.GraphModule:
     """The teacher's graph on a device."""
-    module = teacher.module if device.type == "cpu" else copy.deepcopy(teacher.module).to(device)
-    return capture(module, teacher.spec.input_size)
+    graph = capture(teacher.module, teacher.spec.input_size)
+    return graph if device.type == "cpu" else cast(fx.GraphModule, moved(graph, device))
 
 
 def _check_graph(graph: fx.GraphModule, settings: Recipe, teacher: Teacher) -> None:
@@ -375,7 +374,8 @@ def _run_stages(
     with account.timed("inspect"):
         inspection = inspect(graph, original, student, quantizers, nearest, images)
         account.add(student_findings(original, student, quantizers, inspection["activations"]))
-    student = student.cpu()
+    if device.type != "cpu":
+        student = cast(fx.GraphModule, moved(student, "cpu"))
     sizes = stored_bytes(student)
     record = {
         "measured": {},

@@ -389,6 +389,7 @@ def _measure(
 ) -> dict[str, Any]:
     """{"student": {"top1": ..., "top5": ..., "num_images": ...}} for every network by name."""
     from zsq.evaluate import accuracy
+    from zsq.graph.capture import moved
     from zsq.progress import Progress
 
     count = min(limit or len(dataset), len(dataset))
@@ -399,7 +400,7 @@ def _measure(
         def report(done: int) -> None:  # the other processes are about as far with theirs
             progress(Progress("evaluate", name, min(done * group.size, count), count))
 
-        return accuracy(network.to(device), batches, device=device, progress=report, group=group).to_json()
+        return accuracy(moved(network, device), batches, device=device, progress=report, group=group).to_json()
 
     with reported_progress(plain=plain) as progress:
         return {name: one(name, network, progress) for name, network in networks.items()}

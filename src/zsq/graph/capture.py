@@ -1,5 +1,6 @@
 """Capture a model as a graph of ATen operations that shares the model's own parameters."""
 
+import copy
 import inspect
 import io
 import logging
@@ -87,6 +88,26 @@ def capture(module: nn.Module, input_size: tuple[int, int, int]) -> fx.GraphModu
     images = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
     _check(graph_module, module, images.to(device))
     return graph_module
+
+
+def moved(module: nn.Module, device: torch.device | str) -> nn.Module:
+    """A copy on a device; of a captured graph, what it creates in its course is created there too.
+
+    Networks are captured on the CPU and moved afterwards: so a graph is the same for every device. (On CUDA
+    torch.export would hold fast which kernel of BatchNorm it chose, and with it a largest number of images.)
+    """
+    found = copy.deepcopy(module).to(device)
+    if isinstance(found, fx.GraphModule):
+        target = torch.device(device)
+
+        def there(argument: Any) -> Any:
+            return target if isinstance(argument, torch.device) else argument
+
+        for node in found.graph.nodes:
+            node.args = fx.node.map_aggregate(node.args, there)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, there)
+        found.recompile()
+    return found
 
 
 def weight_node(node: fx.Node) -> fx.Node | None:
