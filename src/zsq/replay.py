@@ -86,6 +86,7 @@ class Replay:
         return outputs
 
     def _record(self) -> tuple[Tensor, ...]:
+        assert self._stream is not None
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
@@ -98,6 +99,8 @@ class Replay:
             first_line = str(error).strip().splitlines()[0]
             logger.info("Steps run one kernel at a time, as they cannot be recorded: %s", first_line)
             self._recordable = False
+            for generator in (*self._generators, torch.cuda.default_generators[self._stream.device.index]):
+                generator.graphsafe_set_state(generator.clone_state())  # it still counts draws of the recording
             return self._plain()
         self._graph, self._outputs = graph, outputs
         graph.replay()

@@ -131,5 +131,6 @@ def map_distance(maps: Tensor, teacher_maps: Tensor, size: tuple[int, int]) -> T
 
 def _stretched(maps: Tensor, size: tuple[int, int]) -> Tensor:
     large = F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)
-    low, high = torch.aminmax(large.flatten(1), dim=1, keepdim=True)
+    flat = large.flatten(1)
+    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
     return (large.flatten(1) - low) / (high - low + SMALLEST_SPAN)
