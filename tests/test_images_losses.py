@@ -14,6 +14,7 @@ from zsq.images.losses import (
     InputStatistics,
     bn_statistics_distance,
     channel_statistics,
+    joined_statistics,
 )
 
 
@@ -55,6 +56,20 @@ def test_statistics_survive_a_mean_far_from_zero() -> None:
 @pytest.mark.parametrize("shape", [(5, 3), (4, 3, 2), (2, 3, 2, 3), (1, 2, 3, 1)])
 def test_gradients_of_statistics(shape: tuple[int, ...]) -> None:
     assert torch.autograd.gradcheck(channel_statistics, features(*shape).requires_grad_())
+
+
+def test_statistics_of_several_layers_are_those_of_each() -> None:
+    layers = [features(4, 3, 5, 5).requires_grad_(), features(6, 2).requires_grad_()]
+    mean, std = joined_statistics(layers)
+    each = [channel_statistics(x) for x in layers]
+    assert torch.equal(mean, torch.cat([m for m, _ in each]))
+    assert torch.equal(std, torch.cat([s for _, s in each]))
+    weights = features(2, 5)
+    joint = torch.autograd.grad((mean * weights[0] + std * weights[1]).sum(), layers)
+    parts = [w.split([3, 2]) for w in weights]
+    alone = sum(((m * u).sum() + (s * v).sum() for (m, s), u, v in zip(each, *parts, strict=True)), start=0)
+    for a, b in zip(joint, torch.autograd.grad(alone, layers), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

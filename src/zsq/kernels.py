@@ -7,15 +7,20 @@ import torch
 
 
 @contextmanager
-def reproducible(device: torch.device | str) -> Iterator[None]:
+def reproducible(device: torch.device | str, *, rounded: bool = False) -> Iterator[None]:
     """Within it CUDA's convolutions give the same bits every time, and float32 ones are in float32.
 
     PyTorch lets cuDNN add up in an open order, and round the operands of float32 convolutions to 10 bits
     (TF32): then a rounding of an activation may fall to the other side than in the engine that runs the model
     later. Nothing changes on other devices.
+
+    Args:
+        device: where one computes.
+        rounded: allow TF32, several times as fast: where no rounding of the student depends on it, in
+            gradients and in the synthesis of images.
     """
     if torch.device(device).type != "cuda":
         yield
         return
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=rounded):
         yield

@@ -100,7 +100,9 @@ class Replay:
             logger.info("Steps run one kernel at a time, as they cannot be recorded: %s", first_line)
             self._recordable = False
             for generator in (*self._generators, torch.cuda.default_generators[self._stream.device.index]):
-                generator.graphsafe_set_state(generator.clone_state())  # it still counts draws of the recording
+                generator.graphsafe_set_state(
+                    generator.clone_state()
+                )  # it still counts draws of the recording
             return self._plain()
         self._graph, self._outputs = graph, outputs
         graph.replay()

@@ -400,7 +400,9 @@ def _measure(
         def report(done: int) -> None:  # the other processes are about as far with theirs
             progress(Progress("evaluate", name, min(done * group.size, count), count))
 
-        return accuracy(moved(network, device), batches, device=device, progress=report, group=group).to_json()
+        return accuracy(
+            moved(network, device), batches, device=device, progress=report, group=group
+        ).to_json()
 
     with reported_progress(plain=plain) as progress:
         return {name: one(name, network, progress) for name, network in networks.items()}

@@ -1,6 +1,8 @@
 """Losses of images: functions of a ForwardPass, smaller when better."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,7 +31,18 @@ def channel_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: a channel has fewer than two values.
     """
-    mean, std = _ChannelStatistics.apply(features)
+    return joined_statistics([features])
+
+
+def joined_statistics(layers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`channel_statistics` of several tensors, one after the other in two vectors.
+
+    What follows are sums over a few channels: done for all layers at once, they are a handful of operations.
+
+    Args:
+        layers: each as there, of one device; all float64, or none.
+    """
+    mean, std = _ChannelStatistics.apply(*layers)
     return mean, std
 
 
@@ -37,35 +50,50 @@ class _ChannelStatistics(torch.autograd.Function):
     """d mean / dx = 1 / n;  d std / dx = (x - mean) / ((n - 1) std)."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor) -> tuple[Tensor, Tensor]:
-        count = features.numel() // features.shape[1]
-        if count < 2:
-            raise ValueError(f"need at least 2 values a channel, got {count} of {tuple(features.shape)}")
-        mean, var = _mean_and_biased_variance(features)
-        std = (var * (count / (count - 1))).sqrt()
-        ctx.save_for_backward(features, mean, std)
+    def forward(ctx: Any, *layers: Tensor) -> tuple[Tensor, Tensor]:
+        sizes = tuple((x.shape[1], x.numel() // x.shape[1]) for x in layers)
+        for x, (_, count) in zip(layers, sizes, strict=True):
+            if count < 2:
+                raise ValueError(f"need at least 2 values a channel, got {count} of {tuple(x.shape)}")
+        dtype, device = torch.promote_types(layers[0].dtype, torch.float32), layers[0].device
+        unused = torch.zeros(2, sum(c for c, _ in sizes), dtype=dtype, device=device)
+        parts = unused.split([c for c, _ in sizes], 1)
+        found = [_mean_and_biased_variance(x, part) for x, part in zip(layers, parts, strict=True)]
+        mean, var = (torch.cat(values) for values in zip(*found, strict=True))
+        counts = _by_channel(tuple((c, float(count)) for c, count in sizes), device, dtype)
+        std = (var * (counts / (counts - 1))).sqrt()
+        ctx.sizes = sizes
+        ctx.save_for_backward(*layers, mean, std, counts)
         return mean, std
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_mean: Tensor, grad_std: Tensor) -> Tensor:
-        features, mean, std = ctx.saved_tensors
-        count = features.numel() // features.shape[1]
-        slope = torch.where(std > 0, grad_std / ((count - 1) * std), 0.0)
+    def backward(ctx: Any, grad_mean: Tensor, grad_std: Tensor) -> tuple[Tensor, ...]:
+        *layers, mean, std, counts = ctx.saved_tensors
+        slope = torch.where(std > 0, grad_std / ((counts - 1) * std), 0.0)
         # (x - mean) * slope + grad_mean / n, one fused pass: BatchNorm with these as its parameters
-        return torch.batch_norm(
-            features, slope, grad_mean / count, mean, torch.ones_like(mean), False, 0.0, 0.0, False
+        channels = [c for c, _ in ctx.sizes]
+        parameters = (slope, grad_mean / counts, mean, torch.ones_like(mean))
+        by_layer = zip(layers, *(values.split(channels) for values in parameters), strict=True)
+        return tuple(
+            torch.batch_norm(x, weight, bias, middle, one, False, 0.0, 0.0, False)
+            for x, weight, bias, middle, one in by_layer
         )
 
 
-def _mean_and_biased_variance(features: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(features.dtype, torch.float32)
+@lru_cache(maxsize=64)
+def _by_channel(layers: tuple[tuple[int, float], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """For layers of (channels, value), the value of its layer for every channel; copied over once."""
+    return torch.cat([torch.full((c,), value, dtype=dtype) for c, value in layers]).to(device)
+
+
+def _mean_and_biased_variance(features: Tensor, unused: Tensor) -> tuple[Tensor, Tensor]:
+    """`unused`: room for running statistics, (2, C), in the dtype of the result."""
     if features.device.type in STATISTICS_KERNEL:
-        unused = torch.zeros(2, features.shape[1], dtype=dtype, device=features.device)
         mean, var = torch.batch_norm_update_stats(features, unused[0], unused[1], 0.0)
     else:
         axes = [axis for axis in range(features.ndim) if axis != 1]
-        var, mean = torch.var_mean(features.to(dtype), dim=axes, correction=0)
+        var, mean = torch.var_mean(features.to(unused.dtype), dim=axes, correction=0)
     return mean, var
 
 
@@ -99,11 +127,17 @@ def bn_statistics_distance(
         raise ValueError(
             f"mean and var must be ({channels},), got {tuple(mean.shape)} and {tuple(var.shape)}"
         )
-    batch_mean, batch_std = channel_statistics(features)
+    return _squared_gaps(*channel_statistics(features), mean, var, eps, scale).mean()
+
+
+def _squared_gaps(
+    batch_mean: Tensor, batch_std: Tensor, mean: Tensor, var: Tensor, eps: float, scale: Tensor | None
+) -> Tensor:
+    """What `bn_statistics_distance` averages, (C,)."""
     if scale is None:
-        return ((batch_mean - mean).square() + (batch_std - (var + eps).sqrt()).square()).mean()
+        return (batch_mean - mean).square() + (batch_std - (var + eps).sqrt()).square()
     std = (var / scale.square() + eps).sqrt()
-    return (((batch_mean - mean) / scale).square() + (batch_std / scale.abs() - std).square()).mean()
+    return ((batch_mean - mean) / scale).square() + (batch_std / scale.abs() - std).square()
 
 
 @dataclass(frozen=True)
@@ -117,11 +151,14 @@ class BatchNormStatistics:
     eps: float = 1e-6
 
     def __call__(self, forward: ForwardPass) -> Tensor:
-        distances = [
-            bn_statistics_distance(n.features, n.mean, n.var, eps=self.eps, scale=n.scale)
-            for n in forward.norms
-        ]
-        return torch.stack(distances).sum()
+        norms = forward.norms
+        statistics = joined_statistics([norm.features for norm in norms])
+        mean, var = torch.cat([n.mean for n in norms]), torch.cat([n.var for n in norms])
+        scales = [torch.ones_like(n.var) if n.scale is None else n.scale for n in norms]
+        scale = None if all(n.scale is None for n in norms) else torch.cat(scales)
+        gaps = _squared_gaps(*statistics, mean, var, self.eps, scale)
+        shares = tuple((len(norm.mean), 1 / len(norm.mean)) for norm in norms)
+        return (gaps * _by_channel(shares, gaps.device, gaps.dtype)).sum()
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,10 @@ def normalise(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = EPS
 ) -> Tensor:
     """BatchNorm with the statistics of the batch."""
+    if weight is None and bias is None and x.device.type == "cuda":
+        # Its kernel there has one block of threads a channel, and images have three channels.
+        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
+        return (x - mean) * torch.rsqrt(var + eps)
     return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
 
 

@@ -28,6 +28,7 @@ from zsq.images.schedules import (
 from zsq.images.settings import Synthesis
 from zsq.images.sources import LatentGenerator
 from zsq.images.views import Shifts, draw_shifts, swing
+from zsq.kernels import reproducible
 from zsq.out_of_memory import no_room
 from zsq.replay import Course, Replay, can_record
 from zsq.rng import rng_for
@@ -101,7 +102,7 @@ def synthesize(
     def make(index: int) -> dict[str, Tensor]:
         follows = settings.reuse_steps > 0 and index > 0
         own = replace(settings, steps=settings.reuse_steps) if follows else settings
-        with no_room(advice):
+        with no_room(advice), reproducible(device_of(teacher), rounded=True):
             batch = synthesize_batch(
                 teacher,
                 own,

@@ -1,6 +1,8 @@
 """Views: copies of the captured network that see the images differently; parameters stay shared."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -63,12 +65,11 @@ def draw_shifts(num_layers: int, rng: torch.Generator, *, jitter: int = 1) -> li
 
 def shift_layer(x: Tensor, shifts: Shifts, layer: int, jitter: int) -> Tensor:
     """Input of the strided convolution number `layer`, shifted; what `swing` puts into the graph."""
+    if isinstance(shifts, Tensor):
+        return shift_by(x, shifts[layer], jitter)
     for axis, offset in zip((-2, -1), shifts[layer], strict=True):
         most = min(jitter, x.shape[axis] - 1)
-        if isinstance(offset, Tensor):
-            x = shift_by(x, offset.clamp(-most, most), axis, most=most) if most else x
-        else:
-            x = shift(x, max(-most, min(most, offset)), axis)
+        x = shift(x, max(-most, min(most, offset)), axis)
     return x
 
 
@@ -91,16 +92,16 @@ def shift(x: Tensor, offset: int, axis: int) -> Tensor:
     return y
 
 
-def shift_by(x: Tensor, offset: Tensor, axis: int, *, most: int) -> Tensor:
-    """`shift` by an offset that only the device knows, same values and gradients.
+def shift_by(x: Tensor, offsets: Tensor, jitter: int) -> Tensor:
+    """`shift` in both directions by offsets that only the device knows, same values and gradients.
 
     Args:
-        x: any shape, its axis longer than `most`.
-        offset: scalar, int64, -most..most.
-        axis: which axis.
-        most: largest distance, > 0.
+        x: (N, C, H, W).
+        offsets: [dy, dx], (2,), int64, cut to -jitter..jitter, and to less where `x` is smaller.
+        jitter: largest distance.
     """
-    y: Tensor = _ShiftBy.apply(x, offset, axis, most)
+    tables = _shift_tables((x.shape[-2], x.shape[-1]), jitter, x.device)
+    y: Tensor = _ShiftBy.apply(x, tables.row_of(offsets), tables)
     return y
 
 
@@ -129,48 +130,116 @@ class _Shift(torch.autograd.Function):
 
 
 class _ShiftBy(torch.autograd.Function):
-    """y[i] = x[r(i)], r(i) = i + offset reflected; terms of the gradient are added in one order always."""
+    """One gather forward; backward another, and one of what reflection adds near the edges."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, offset: Tensor, axis: int, most: int) -> Tensor:
-        ctx.save_for_backward(offset)
-        ctx.axis, ctx.most = axis, most
-        last = x.shape[axis] - 1
-        found = torch.arange(last + 1, device=x.device) + offset
-        return _select(x, axis, last - (last - found.abs()).abs())
+    def forward(ctx: Any, x: Tensor, row: Tensor, tables: "_ShiftTables") -> Tensor:
+        ctx.save_for_backward(row)
+        ctx.tables = tables
+        return _as_images(_pixels(x).index_select(1, _row(tables.source, row)), x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (offset,), axis, most = ctx.saved_tensors, ctx.axis, ctx.most
-        last = grad.shape[axis] - 1
-        every = torch.arange(last + 1, device=grad.device)
-        result = _select(grad, axis, (every - offset).clamp(0, last))
-        # Near an edge x[j] may have no y of its own, and another that was reflected to it at either edge.
-        for start in (0, last - most):
-            near = every[start : start + most + 1]
-            own, left, right = near - offset, -near - offset, 2 * last - near - offset
-            terms = (
-                (own, (own >= 0) & (own <= last)),
-                (left, (left >= 0) & (left + offset < 0)),
-                (right, (right <= last) & (right + offset > last)),
-            )
-            pieces = [_select(grad, axis, i.clamp(0, last)) * _along(grad, axis, there) for i, there in terms]
-            result.narrow(axis, start, most + 1).copy_(pieces[0] + pieces[1] + pieces[2])
-        return result, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (row,), tables = ctx.saved_tensors, ctx.tables
+        pixels = _pixels(grad)
+        result = pixels.index_select(1, _row(tables.own, row))
+        terms = pixels.index_select(1, _row(tables.terms, row)).unflatten(1, (-1, 4))
+        result.index_copy_(1, tables.near, (terms * _row(tables.weights, row).to(grad.dtype)).sum(2))
+        return _as_images(result, grad), None, None
 
 
-def _select(x: Tensor, axis: int, index: Tensor) -> Tensor:
-    """`x.index_select` that keeps the memory format of images."""
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        inner = x.permute(0, 2, 3, 1).index_select({-2: 1, -1: 2}[axis], index)
-        return inner.permute(0, 3, 1, 2)
-    return x.index_select(axis, index)
+@dataclass(frozen=True)
+class _ShiftTables:
+    """Pixels (row-major) by shift, of which there are K, for images of one size.
+
+    Attributes:
+        limits: lowest and highest [dy, dx], and the factors that make a number of them, (3, 2).
+        source: (K, H W), where a pixel of y comes from.
+        own: (K, H W), to which pixel of y one of x goes, or any.
+        near: (P,), the pixels of x near an edge, which go to none, one or several.
+        terms, weights: (K, 4 P) and (K, P, 4, 1): to which, and 1.0 or 0.0.
+    """
+
+    limits: Tensor
+    source: Tensor
+    own: Tensor
+    near: Tensor
+    terms: Tensor
+    weights: Tensor
+
+    def row_of(self, offsets: Tensor) -> Tensor:
+        """Row of the tables for offsets [dy, dx], (1,)."""
+        lowest, highest, factors = self.limits.unbind(0)
+        return ((offsets.clamp(min=lowest, max=highest) - lowest) * factors).sum(0, keepdim=True)
 
 
-def _along(x: Tensor, axis: int, values: Tensor) -> Tensor:
-    """`values` so that they lie along an axis (from the end) of `x`."""
-    return values.to(x.dtype).view(-1, *[1] * (-axis - 1))
+def _row(table: Tensor, row: Tensor) -> Tensor:
+    """One row of a table, without the host knowing which."""
+    return table.index_select(0, row).squeeze(0)
+
+
+@lru_cache(maxsize=64)
+def _shift_tables(size: tuple[int, int], jitter: int, device: torch.device) -> _ShiftTables:
+    most = (min(jitter, size[0] - 1), min(jitter, size[1] - 1))
+    axes = [_axis_tables(length, distance) for length, distance in zip(size, most, strict=True)]
+    (source_y, own_y, terms_y, weights_y), (source_x, own_x, terms_x, weights_x) = axes
+    width = size[1]
+
+    def plane(rows: Tensor, columns: Tensor) -> Tensor:  # (Ky, H), (Kx, W) -> (Ky Kx, H W)
+        return (rows[:, None, :, None] * width + columns[None, :, None, :]).flatten(2).flatten(0, 1)
+
+    edge_y, edge_x = (
+        (torch.arange(length) <= distance) | (torch.arange(length) >= length - 1 - distance)
+        for length, distance in zip(size, most, strict=True)
+    )
+    near = (edge_y[:, None] | edge_x[None, :]).flatten().nonzero()[:, 0]
+    terms, weights = [], []
+    for a in (0, 1):
+        for b in (0, 1):
+            terms.append(plane(terms_y[..., a], terms_x[..., b])[:, near])
+            both = weights_y[:, None, :, None, a] * weights_x[None, :, None, :, b]
+            weights.append(both.flatten(2).flatten(0, 1)[:, near])
+    return _ShiftTables(
+        torch.tensor([[-m for m in most], list(most), [2 * most[1] + 1, 1]], device=device),
+        plane(source_y, source_x).to(device),
+        plane(own_y, own_x).to(device),
+        near.to(device),
+        torch.stack(terms, 2).flatten(1).to(device),
+        torch.stack(weights, 2)[..., None].to(device),
+    )
+
+
+def _axis_tables(length: int, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For offsets -most..most along one axis: source and own (K, L), terms and weights (K, L, 2).
+
+    y[i] = x[r(i)], r(i) = i + offset reflected at 0 and at the last position. So x[j] goes to y[j - offset],
+    if that is there, and where r was reflected to j: to y[-j - offset] or y[2 last - j - offset].
+    """
+    last = length - 1
+    offset, j = torch.arange(-most, most + 1)[:, None], torch.arange(length)[None]
+    source = last - (last - (j + offset).abs()).abs()
+    own = j - offset
+    mirrored = torch.where(offset < 0, -j - offset, 2 * last - j - offset)
+    reached = torch.where(offset < 0, (mirrored >= 0) & (j > 0), (mirrored <= last) & (j < last))
+    terms = torch.stack((own, mirrored), -1)
+    weights = torch.stack(((own >= 0) & (own <= last), reached & (offset != 0)), -1)
+    return source, own.clamp(0, last), terms.clamp(0, last), weights.float()
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """(N, C, H, W) as (N, H W, C) if it is channels-last in memory, else as (N C, H W, 1)."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).flatten(1, 2)
+    return x.reshape(-1, x.shape[2] * x.shape[3], 1)
+
+
+def _as_images(pixels: Tensor, like: Tensor) -> Tensor:
+    """What `_pixels` made of images of the shape and memory format of `like`, as images again."""
+    n, c, h, w = like.shape
+    if like.is_contiguous(memory_format=torch.channels_last):
+        return pixels.view(n, h, w, c).permute(0, 3, 1, 2)
+    return pixels.view(n, c, h, w)
 
 
 def _moves(length: int, offset: int) -> Sequence[tuple[tuple[int, int], tuple[int, int]]]:

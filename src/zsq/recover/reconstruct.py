@@ -18,6 +18,7 @@ from zsq.graph.capture import aten, weight_node
 from zsq.graph.tensors import device_of, get_tensor
 from zsq.health import AGAIN, Watch
 from zsq.images.forward import freeze_batch_norms
+from zsq.kernels import reproducible
 from zsq.out_of_memory import in_chunks, no_room
 from zsq.quant.affine import MIN_SCALE
 from zsq.quant.attach import Quantizers
@@ -325,6 +326,8 @@ def _reconstruct_unit(
         group=group,
     )
 
+    scales: list[Tensor] = [*activation_scales, *(m.scale for m in learned.values())]
+
     def learn(index: Tensor, beta: float | Tensor | None) -> tuple[Tensor, Tensor]:
         inputs = [
             mix(take(s, index), take(t, index), settings.input_mix_prob, draw, rows)
@@ -342,12 +345,12 @@ def _reconstruct_unit(
             for values in logits:
                 loss = loss + rounding_weight * rounding_regulariser(values, beta)
         optimizer.zero_grad()
-        loss.backward()
+        with reproducible(device, rounded=True):
+            loss.backward()
         group.add([p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None])
         optimizer.step()
         with torch.no_grad():
-            for scale in (*activation_scales, *(m.scale for m in learned.values())):
-                scale.clamp_(min=MIN_SCALE)
+            torch._foreach_clamp_min_(scales, MIN_SCALE)
         return loss, distance
 
     of_scales = {1: settings.lr_weight_scale, 2: settings.lr_activation_scale}  # by group, cosine to 0
