@@ -77,7 +77,7 @@ def test_tables_of_synthesis_are_its_steps(monkeypatch: pytest.MonkeyPatch, prio
     assert (tables.images - plain.images).abs().mean() < 2e-3  # rates rounded to float32
     half = len(logs) // 2
     for (step, values), (other, others) in zip(logs[:half], logs[half:], strict=True):
-        assert step == other and values == pytest.approx(others, rel=1e-3)
+        assert step == other and values == pytest.approx(others, rel=1e-2)
 
 
 def test_tables_of_reconstruction_are_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:

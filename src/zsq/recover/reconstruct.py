@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -328,7 +327,9 @@ def _reconstruct_unit(
 
     scales: list[Tensor] = [*activation_scales, *(m.scale for m in learned.values())]
 
-    def learn(index: Tensor, beta: float | Tensor | None) -> tuple[Tensor, Tensor]:
+    def learn(
+        index: Tensor, beta: float | Tensor | None, gate: Tensor | float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         inputs = [
             mix(take(s, index), take(t, index), settings.input_mix_prob, draw, rows)
             for s, t in zip(student_inputs, teacher_inputs, strict=True)
@@ -343,7 +344,7 @@ def _reconstruct_unit(
         loss = distance
         if beta is not None:
             for values in logits:
-                loss = loss + rounding_weight * rounding_regulariser(values, beta)
+                loss = loss + gate * rounding_weight * rounding_regulariser(values, beta)
         optimizer.zero_grad()
         with reproducible(device, rounded=True):
             loss.backward()
@@ -360,7 +361,7 @@ def _reconstruct_unit(
     with dropping(part, settings.drop_prob, draw, rows), no_room(advice):
         for step in range(settings.steps):
             if recorded is not None:
-                loss, distance = recorded(step)
+                loss, distance = recorded()
             else:
                 for number, lr in of_scales.items():
                     optimizer.param_groups[number]["lr"] = lr * _cosine(step, settings)
@@ -381,7 +382,7 @@ def _reconstruct_unit(
 
 
 def _recorded(
-    learn: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
+    learn: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     of_scales: dict[int, float],
     batches: Iterator[Tensor],
@@ -389,33 +390,30 @@ def _recorded(
     device: torch.device,
     draw: torch.Generator,
     watch: Watch,
-) -> Callable[[int], tuple[Tensor, ...]]:
-    """The steps of `_reconstruct_unit` with all that changes between them on the device: step -> losses."""
-    exponents = [beta_at(step, settings) or 0.0 for step in range(settings.steps)]
+) -> Replay:
+    """The steps of `_reconstruct_unit`, with all that changes from one to the next on the device."""
+    exponents = [beta_at(step, settings) for step in range(settings.steps)]
     rates = [[lr * _cosine(step, settings) for lr in of_scales.values()] for step in range(settings.steps)]
     course = Course(
         device,
         index=torch.stack(list(islice(batches, settings.steps))),
         rates=torch.tensor(rates),
-        beta=torch.tensor(exponents),
+        beta=torch.tensor([settings.beta_start if beta is None else beta for beta in exponents]),
+        gate=torch.tensor([float(beta is not None) for beta in exponents]),
     )
     for number in of_scales:
         optimizer.param_groups[number]["lr"] = torch.zeros((), device=device)
 
-    def learn_next(*, regularised: bool) -> tuple[Tensor, Tensor]:
+    def learn_next() -> tuple[Tensor, Tensor]:
         row = course.row()
-        for number, rate in zip(of_scales, row["rates"], strict=True):
+        for number, rate in zip(of_scales, row["rates"].unbind(), strict=True):
             optimizer.param_groups[number]["lr"].copy_(rate)
-        losses = learn(row["index"], row["beta"] if regularised else None)
+        losses = learn(row["index"], row["beta"], row["gate"])
         watch.see(course.step, losses[:1])
         course.advance()
         return losses
 
-    with_and_without = [
-        Replay(partial(learn_next, regularised=regularised), device, generators=[draw])
-        for regularised in (False, True)
-    ]
-    return lambda step: with_and_without[beta_at(step, settings) is not None]()
+    return Replay(learn_next, device, generators=[draw])
 
 
 def _cosine(step: int, settings: Reconstruction) -> float:
