@@ -16,6 +16,7 @@ from zsq.graph.blocks import Unit, split
 from zsq.graph.capture import aten
 from zsq.images.settings import Synthesis
 from zsq.images.synthesize import batch_sizes, synthesize
+from zsq.kernels import reproducible
 from zsq.models import load_model
 from zsq.pipeline import captured, compose_recipe
 from zsq.quant.attach import attach
@@ -63,11 +64,13 @@ class Race:
             self._running[item] = self._rivals(item)
         rival, reached = self._running[item], self._reached.get(item, -1)
         last: Losses = {}
-        if step >= 0:
-            for _ in range(step - reached):
-                last = next(rival)
-        else:
-            exhaust(rival)
+        # With PyTorch's own choice of kernels, not the one that zsq makes for itself while it runs.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            if step >= 0:
+                for _ in range(step - reached):
+                    last = next(rival)
+            else:
+                exhaust(rival)
         self._note("published", item, step, last, self._lap())
         self._reached[item] = step
 
@@ -167,18 +170,19 @@ class Yardstick:
     ) -> None:
         """All units as zsq learns them."""
         student, quantizers = attach(self.graph, self.recipe.scheme)
-        reconstruct(
-            self.graph,
-            student,
-            quantizers,
-            self.units,
-            images,
-            settings=settings,
-            calibration=self.recipe.calibration,
-            seed=self.seed,
-            finished={},
-            log=lambda name, step, _, values: log(name, step, values),
-        )
+        with reproducible(self.device):
+            reconstruct(
+                self.graph,
+                student,
+                quantizers,
+                self.units,
+                images,
+                settings=settings,
+                calibration=self.recipe.calibration,
+                seed=self.seed,
+                finished={},
+                log=lambda name, step, _, values: log(name, step, values),
+            )
 
     def _channel_axis(self, unit: Unit) -> int:
         layer = next(n for n in self.graph.graph.nodes if n.name == unit.layers[-1])
