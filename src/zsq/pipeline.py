@@ -341,6 +341,7 @@ def _run_stages(
         noise = isinstance(settings.synthesis, GaussianNoise)
         account.add(image_findings(graph, images, made.labels, noise=noise))
         learning = None if settings.scheme.is_eight_bit else settings.reconstruction
+        replaced = settings.reconstruction if settings.scheme.is_eight_bit else None
         names = [unit.name for unit in units]
         resumed = {name for index, name in enumerate(names) if unit_name(index) in state}
         results = reconstruct(
@@ -356,6 +357,7 @@ def _run_stages(
             log=unit_log(account, "reconstruct", names, learning.steps if learning else 1, resumed),
             group=account.group,
             storage=_storage(original, units, len(images), bound, scratch),
+            correct=replaced is not None and replaced.at_8_bits == "correct_biases",
         )
     tuned, images, labels = fine_tuned(
         networks, images, made.labels, settings, teacher.spec, seed, state, account

@@ -3,7 +3,7 @@
 import types
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from zsq.errors import UsageError
 from zsq.images.generator_settings import GeneratorSynthesis
@@ -144,6 +144,8 @@ class Reconstruction:
         beta_start, beta_end: exponent of the regulariser, linear between the end of the warm-up and the last
             step; at least 1.
         maps: class activation maps at the output of the last unit that has positions, added to its distance.
+        at_8_bits: what is done in place of learning where weights have 8 bits and activations 8 or none:
+            "correct_biases" by the mean errors of layers on the images, or "nothing".
     """
 
     steps: int = 20000
@@ -158,6 +160,9 @@ class Reconstruction:
     beta_start: float = 20.0
     beta_end: float = 2.0
     maps: MapAlignment | None = None
+    at_8_bits: Literal["correct_biases", "nothing"] = field(
+        default="correct_biases", metadata={"described": "unless default"}
+    )
 
     def __post_init__(self) -> None:
         _at_least(1, reconstruction_steps=self.steps, reconstruction_batch_size=self.batch_size)

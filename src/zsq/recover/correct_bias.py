@@ -42,7 +42,7 @@ def correct_biases(
         rounded = student.get_submodule(quantizers.weights[node.name])()
         error = rounded - get_tensor(teacher, str(weight.target))
         mean = needed(found, source.name).mean
-        _shift_bias(student, own[node.name], -(channel_sums(error, node, len(mean)) @ mean))
+        shift_bias(student, own[node.name], -(channel_sums(error, node, len(mean)) @ mean))
     student.graph.eliminate_dead_code()
     student.graph.lint()
     student.recompile()
@@ -53,7 +53,11 @@ def correctable(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if weight_node(node) is not None and LAYERS[node.target] == 0]
 
 
-def _shift_bias(student: fx.GraphModule, layer: fx.Node, change: Tensor) -> None:
+def shift_bias(student: fx.GraphModule, layer: fx.Node, change: Tensor) -> None:
+    """Add to the bias of a layer (a node of the student), (C,); one without a bias gets it.
+
+    The graph is left to be cleaned and recompiled.
+    """
     bias = layer.args[2] if len(layer.args) > 2 else None
     value = change
     if isinstance(bias, fx.Node):
