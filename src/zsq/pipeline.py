@@ -49,6 +49,7 @@ from zsq.recipe_images import (
     with_given_images,
 )
 from zsq.recipes import get_recipe
+from zsq.recover.mean_shift import correct_means
 from zsq.recover.reconstruct import reconstruct, unit_name
 from zsq.recover.storage import MEMORY, Storage
 from zsq.resume import finished_run, identity_of, open_state
@@ -342,6 +343,7 @@ def _run_stages(
         account.add(image_findings(graph, images, made.labels, noise=noise))
         learning = None if settings.scheme.is_eight_bit else settings.reconstruction
         replaced = settings.reconstruction if settings.scheme.is_eight_bit else None
+        storage = _storage(original, units, len(images), bound, scratch)
         names = [unit.name for unit in units]
         resumed = {name for index, name in enumerate(names) if unit_name(index) in state}
         results = reconstruct(
@@ -356,9 +358,10 @@ def _run_stages(
             finished=state,
             log=unit_log(account, "reconstruct", names, learning.steps if learning else 1, resumed),
             group=account.group,
-            storage=_storage(original, units, len(images), bound, scratch),
-            correct=replaced is not None and replaced.at_8_bits == "correct_biases",
+            storage=storage,
         )
+        if replaced is not None and replaced.at_8_bits == "correct_biases":
+            correct_means(original, student, units, images, finished=state, storage=storage)
     tuned, images, labels = fine_tuned(
         networks, images, made.labels, settings, teacher.spec, seed, state, account
     )

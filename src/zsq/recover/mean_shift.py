@@ -5,14 +5,53 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from zsq.graph.blocks import Unit, extract
+from zsq.graph.blocks import Unit, extract, last_readers
 from zsq.graph.capture import aten
 from zsq.graph.tensors import device_of
 from zsq.out_of_memory import in_chunks
 from zsq.recover.correct_bias import correctable, shift_bias
+from zsq.recover.reconstruct import CHUNK, Finished, forward_in_chunks
+from zsq.recover.storage import MEMORY, Storage
 
-CHUNK = 64  # images a forward pass
+PIECE = "biases"  # under which what was added to all biases is kept
 Changes = dict[str, Tensor]  # by layer: what is added to its bias, (C,)
+
+
+@torch.no_grad()
+def correct_means(
+    teacher: fx.GraphModule,
+    student: fx.GraphModule,
+    units: Sequence[Unit],
+    images: Tensor,
+    *,
+    finished: Finished,
+    storage: Storage = MEMORY,
+) -> None:
+    """`correct_unit` for one unit after the other, each on what the corrected ones before it give.
+
+    Args:
+        teacher: what the student was attached to; untouched.
+        student: from `attach`, with all ranges; changed.
+        units: of both.
+        images: (N, C, H, W), normalised, on the networks' device.
+        finished: what was added is put there under PIECE, and taken over from there.
+        storage: where the tensors between units are kept.
+    """
+    if PIECE in finished:
+        apply_changes(student, finished[PIECE])
+        return
+    last, changes = last_readers(units), Changes()
+    image = next(node.name for node in teacher.graph.nodes if node.op == "placeholder")
+    caches: list[dict[str, Tensor]] = [{image: images}, {image: images}]
+    for index, unit in enumerate(units):
+        inputs = [[cache[name] for name in unit.inputs] for cache in caches]
+        changes |= correct_unit(teacher, student, unit, *inputs)
+        for cache, given, network in zip(caches, inputs, (teacher, student), strict=True):
+            part = extract(network, unit.inputs, unit.outputs)
+            cache.update(zip(unit.outputs, forward_in_chunks(part, given, storage), strict=True))
+            for name in [n for n in cache if last.get(n, -1) <= index]:
+                del cache[name]
+    finished[PIECE] = changes
 
 
 @torch.no_grad()

@@ -27,14 +27,12 @@ from zsq.quant.quantizers import ActivationQuantizer, LearnedRounding
 from zsq.quant.rounding import rounding_regulariser
 from zsq.recipe import Calibration, Reconstruction, StatisticalRanges
 from zsq.recover.losses import energies, output_distance, signal_to_noise
-from zsq.recover.mean_shift import Changes, apply_changes, correct_unit
 from zsq.recover.storage import MEMORY, Storage
 from zsq.recover.unit_maps import UnitMaps, map_unit, unit_maps
 from zsq.replay import Course, Replay, can_record
 from zsq.rng import rng_for
 
 CHUNK = 64  # images a forward pass when caching
-CHANGE = "bias."  # before the names of layers whose biases were changed
 RELEASE_EVERY = 16  # steps after which what was read of files leaves memory
 Finished = MutableMapping[str, dict[str, Tensor]]
 Log = Callable[[str, int, int, dict[str, float]], None]
@@ -88,7 +86,6 @@ def reconstruct(
     log: Log,
     group: Group = ALONE,
     storage: Storage = MEMORY,
-    correct: bool = False,
 ) -> list[UnitResult]:
     """Calibrate and reconstruct all units in order; the student's quantizers are changed in place.
 
@@ -106,8 +103,6 @@ def reconstruct(
         group: processes that share every minibatch; the draws are those of one process, so that the result
             differs only by the order in which gradients are summed. Every process has all caches.
         storage: where the tensors between units are kept; the result is the same, bit for bit.
-        correct: shift the biases of each unit's layers so that their mean outputs are the teacher's, see
-            `correct_unit`; without learning.
 
     Raises:
         JobError: a unit returns NaN or infinity where the teacher's does not.
@@ -140,12 +135,13 @@ def reconstruct(
     shown = None if alignment is None else map_unit(teacher.graph, units)
     for index, unit in enumerate(units):
         teacher_part = extract(teacher, unit.inputs, unit.outputs)
-        student_part = _student_part(student, unit)
+        student_part = extract(student, unit.inputs, unit.outputs)
+        freeze_batch_norms(student_part.graph)
+        student_part.recompile()
         teacher_inputs, student_inputs = ([cache[name] for name in unit.inputs] for cache in caches)
         targets = forward_in_chunks(teacher_part, teacher_inputs, storage)
         key = unit_name(index)
         done = finished.get(key)
-        changes: Changes = {}
         owned = {name: q for name, q in _unit_quantizers(student_part, quantizers)}
         if done is None:
             if isinstance(calibration, Calibration):
@@ -155,10 +151,6 @@ def reconstruct(
                     calibrate(student_part, first, calibration, settled=settled | ranged)
             outputs = forward_in_chunks(student_part, student_inputs, storage)
             snr_nearest = _snr(targets, outputs, storage)
-            if correct:
-                changes = correct_unit(teacher, student, unit, teacher_inputs, student_inputs)
-                student_part = _student_part(student, unit)
-                outputs = forward_in_chunks(student_part, student_inputs, storage)
             if settings is not None:
                 outputs.clear()  # not held while learning
                 nearest = {name: copy.deepcopy(q) for name, q in owned.items()}
@@ -194,8 +186,6 @@ def reconstruct(
         else:
             snr_nearest = float(done["snr_nearest"])
             _load(owned, done)
-            apply_changes(student, _without_prefix(done, CHANGE))
-            student_part = _student_part(student, unit)
             outputs = forward_in_chunks(student_part, student_inputs, storage)
         for name, quantizer in owned.items():
             student.set_submodule(name, quantizer)
@@ -205,7 +195,6 @@ def reconstruct(
         results.append(result)
         if done is None:
             state = {f"{n}.{k}": v.clone() for n, q in owned.items() for k, v in q.state_dict().items()}
-            state |= {f"{CHANGE}{n}": change for n, change in changes.items()}
             finished[key] = {**state, "snr_nearest": torch.tensor(snr_nearest, dtype=torch.float64)}
         log(unit.name, -1, 0, {"snr": result.snr, "snr_nearest": snr_nearest})
         for cache, values in zip(caches, (targets, outputs), strict=True):
@@ -213,19 +202,6 @@ def reconstruct(
             for name in [n for n in cache if last.get(n, -1) <= index]:
                 del cache[name]
     return results
-
-
-def _student_part(student: fx.GraphModule, unit: Unit) -> fx.GraphModule:
-    """A unit of the student as a function of its inputs."""
-    part = extract(student, unit.inputs, unit.outputs)
-    freeze_batch_norms(part.graph)
-    part.recompile()
-    return part
-
-
-def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose names begin with it, by the rest of their names."""
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _range_across_units(
@@ -277,7 +253,9 @@ def _take_from_first(owned: dict[str, nn.Module], group: Group) -> None:
 
 def _load(owned: dict[str, nn.Module], state: dict[str, Tensor]) -> None:
     for name, quantizer in owned.items():
-        quantizer.load_state_dict(_without_prefix(state, f"{name}."))
+        quantizer.load_state_dict(
+            {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+        )
 
 
 def _reconstruct_unit(
