@@ -67,13 +67,13 @@ def test_finished_rows_are_kept(tmp_path: Path) -> None:
     import toolkit
 
     work = toolkit.Work(tmp_path / "work")
-    key = {"stage": "images", "program": "toolkit, lean", "steps": 100}
+    key = {"stage": "images", "program": "toolkit, tuned", "steps": 100}
     assert work.row(key, lambda: {"bn": 1.0}) == key | {"bn": 1.0}
     again = toolkit.Work(tmp_path / "work")
     assert again.row(key, lambda: pytest.fail("made again")) == key | {"bn": 1.0}
     assert again.row(key | {"steps": 300}, lambda: {"bn": 0.5})["bn"] == 0.5
     assert len((tmp_path / "work" / "rows.jsonl").read_text().splitlines()) == 2
-    assert again.images("toolkit, lean", 100).name == "toolkit-lean-100.safetensors"
+    assert again.images("toolkit, tuned", 100).name == "toolkit-tuned-100.safetensors"
 
 
 def test_our_side(tmp_path: Path) -> None:
@@ -84,9 +84,12 @@ def test_our_side(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
     torch.manual_seed(0)
     teacher = load_model(f"{tmp_path}/nets.py:tiny", input_size=(3, 8, 8))
-    images, ends = toolkit.zsq_images(teacher, 5, num_images=8, batch_size=8, precision="bfloat16", seed=0)
-    assert images.shape == (8, 3, 8, 8) and len(ends) == 5 and toolkit.step_seconds(ends) >= 0
-    assert toolkit.bn_distance(teacher, images) < toolkit.bn_distance(teacher, 10 * images)
+    for pixels in (False, True):
+        images, ends = toolkit.zsq_images(
+            teacher, 5, num_images=8, batch_size=8, precision="bfloat16", seed=0, pixels=pixels
+        )
+        assert images.shape == (8, 3, 8, 8) and len(ends) == 5 and toolkit.step_seconds(ends) >= 0
+        assert toolkit.bn_distance(teacher, images) < toolkit.bn_distance(teacher, 10 * images)
     assert toolkit_programs.eight_bit_layers(teacher, "W4A8") == {"0", "8"}
     bar = toolkit_programs.Marks(range(3))
     for _ in bar:
