@@ -22,9 +22,9 @@ import zsq
 from zsq.cli.arguments import read_numbers
 from zsq.data import load_images
 from zsq.errors import UsageError
+from zsq.given_images import with_given_images
 from zsq.images.prior import input_prior
 from zsq.pipeline import captured
-from zsq.recipe_images import with_given_images
 from zsq.rng import rng_for
 from zsq.student_images import attached, check_shaping, kept_images
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from zsq import data_files
-from zsq.data import Dataset, check_labels, load_images, open_dataset, prepare
+from zsq.data import Dataset, check_labels, load_images, load_labelled_images, open_dataset, prepare
 from zsq.errors import UsageError
 from zsq.rng import rng_for
 from zsq.run import write_images
@@ -487,6 +487,74 @@ def test_load_images_needs_no_labels(tmp_path: Path) -> None:
         open_dataset(npz, spec())
 
 
+def labels_of(
+    source: Path | str, num_classes: int | None = 3, made_for: ModelSpec = MADE_FOR
+) -> list[int] | None:
+    images, labels = load_labelled_images(source, made_for, num_classes)
+    assert torch.equal(images, load_images(source, made_for))
+    assert labels is None or (labels.dtype == torch.int64 and len(labels) == len(images))
+    return None if labels is None else labels.tolist()
+
+
+def test_labels_of_arrays_where_they_are_known(tmp_path: Path) -> None:
+    pixels = levels(3, 8, 8)
+
+    def npz(**arrays: Any) -> Path:
+        return write_npz(tmp_path / "set.npz", images=pixels, **arrays)
+
+    assert labels_of(npz(labels=np.array([2, 0, 1], np.uint8))) == [2, 0, 1]
+    assert labels_of(npz(labels=np.array([2, 0, 1])), None) is None  # no classifier
+    assert labels_of(npz(labels=np.array([2, 0, 1])), 2) is None  # no class of the model
+    for unknown in ([0, -1, 1], [0, 1], [0.0, 1.0, 2.0], [object()] * 3):
+        assert labels_of(npz(labels=np.array(unknown))) is None
+    assert labels_of(npz()) is None
+
+
+@pytest.mark.parametrize(
+    ("folders", "num_classes", "expected"),
+    [
+        (["cat", "dog", "eel"], 3, [0, 1, 2]),
+        (["cat", "dog", "eel"], 4, None),  # one class has no folder: which?
+        (["train", "val"], 2, None),
+        (["8", "9", "10"], 3, None),  # sorted by name: 10, 8, 9
+        (["part1", "."], 1, None),  # a picture beside the folders
+        (["."], 1, None),
+    ],
+)
+def test_labels_of_folders_where_they_are_known(
+    tmp_path: Path, folders: list[str], num_classes: int, expected: list[int] | None
+) -> None:
+    for name in folders:
+        write(tmp_path / name / "a.png", PICTURE)
+    assert labels_of(tmp_path, num_classes) == expected
+
+
+def test_labels_of_tables_where_they_are_known(tmp_path: Path) -> None:
+    for name in ("b.png", "sub/a.png"):
+        write(tmp_path / "dir" / name, PICTURE)
+    table = tmp_path / "dir" / "labels.csv"
+    for text, expected in (
+        ("file,label\nsub/a.png,2\n./b.png,1\n", [1, 2]),
+        ("file,label\nsub/a.png,2\n", None),
+        ("file,box\n", None),
+    ):
+        table.write_text(text)
+        assert labels_of(tmp_path / "dir") == expected
+        files = {"labels.csv": text, "b.png": PICTURE, "sub/a.png": PICTURE}
+        assert labels_of(write_zip(tmp_path / "set.zip", files)) == expected
+
+
+def test_labels_of_made_images(tmp_path: Path) -> None:
+    images = torch.randn(4, *MADE_FOR.input_size, generator=torch.Generator().manual_seed(0))
+    write_images(tmp_path, images, MADE_FOR, torch.tensor([1, 0, 2, 2]))
+    assert labels_of(tmp_path) == [1, 0, 2, 2] and labels_of(tmp_path, 2) is None
+    write_images(tmp_path, images, MADE_FOR)
+    assert labels_of(tmp_path) is None
+    write_images(tmp_path, images, MADE_FOR, torch.tensor([1, 0, 2]))
+    with pytest.raises(UsageError, match="its labels are torch.int64 of shape"):
+        load_images(tmp_path, MADE_FOR)
+
+
 def test_load_images_draws_from_the_whole_set(tmp_path: Path) -> None:
     pixels = np.repeat(np.arange(100, dtype=np.uint8), 64).reshape(100, 8, 8)
     path = write_npz(tmp_path / "set.npz", images=pixels)
@@ -610,6 +678,7 @@ def test_hugging_face(
     assert labels.tolist() == [1, 0, 1]
     assert dataset.class_names == ("a", "b", "c") and dataset.num_classes == 3
     assert torch.equal(load_images(name, spec()), images)
+    assert labels_of(name) == [1, 0, 1] and labels_of(name, 2) is None
 
 
 def test_hugging_face_columns_by_their_usual_names(hub: Hub, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from zsq.images.look_settings import Cosine, PatchSimilarity, Smoothness, Views
 from zsq.images.looks import (
     attention_patches,
     disagreement,
+    mean_square,
     moved,
     patch_cosines,
     similarity_entropy,
@@ -128,6 +130,7 @@ def test_gradients() -> None:
     )
     images = torch.randn(2, 3, 4, 4, generator=rng, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(variation, images)
+    assert torch.autograd.gradcheck(mean_square, images)
 
 
 def test_variation_and_views_by_hand() -> None:
@@ -138,6 +141,31 @@ def test_variation_and_views_by_hand() -> None:
     corner[..., 0, 0] = 1
     assert float(moved(corner, 1, mirror=False)[0, 0, 1, 1]) == 1
     assert float(moved(corner, -1, mirror=True)[0, 0, 3, 0]) == 1
+
+
+def test_norm_of_pixels() -> None:
+    """(1 + 4 + 9 + 16) / 4 by hand; in a run it pulls pixels to the expected mean, in its deviations."""
+    assert float(mean_square(torch.tensor([1.0, -2.0, 3.0, -4.0]).view(1, 1, 2, 2))) == 7.5
+    alone = replace(LOOKS, classes=None, patches=None, smoothness=None, views=None, cosine=None, lr=0.05)
+    settings = replace(alone, norm_weight=2.0, valid_pixels=False, steps=10)
+    prior = InputPrior((0.5, 0.0, -1.0), (0.5, 1.0, 2.0))
+    logged: list[dict[str, float]] = []
+
+    def log(*event: Any) -> None:
+        logged.append(event[3])
+
+    images = synthesize_pixels(graph_of("gated"), settings, SIZE, seed=0, finished={}, log=log, prior=prior)
+    assert set(logged[0]) == {"loss", "norm", "lr"}
+    assert logged[0]["norm"] == pytest.approx(2.0, rel=0.05)  # twice the variance of the noise
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in prior.of(3))
+    last = 2 * float(mean_square((images - mean) / std))
+    assert last < logged[-1]["norm"] < 0.8 * logged[0]["norm"]  # after the last step, and before it
+
+
+def test_norm_is_off_by_default() -> None:
+    assert PixelSynthesis().norm_weight == 0
+    with pytest.raises(UsageError, match="norm_weight"):
+        replace(LOOKS, norm_weight=-1.0)
 
 
 def test_views_that_agree_cost_nothing() -> None:

@@ -79,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
     | MODELS
     | SETTINGS
     | {"graph", "images", "account", "progress", "run", "student_images", "text_images", "class_images"},
+    "given_images": GROUND | MODELS | SETTINGS,
     "class_images": GROUND | MODELS | SETTINGS | {"graph", "images", "account", "progress", "run"},
     "text_images": GROUND | MODELS | SETTINGS | DATA | {"graph", "images", "account", "progress", "run"},
     "publish": GROUND | MODELS | {"run"},

@@ -46,7 +46,7 @@ class Plan:
 
     Attributes:
         dataset: its labelled images.
-        given: its `images`, (N, C, H, W), normalised, while they are needed.
+        given: its `images`, (N, C, H, W), normalised, with their labels (N,) if known, while they are needed.
         diagnostics: labelled images for the figures of `diagnose`; 0 for none.
         float_key: hash of what the float network's accuracy depends on.
         rows, failures: finished rows and error texts.
@@ -58,7 +58,7 @@ class Plan:
     jobs: list[Job]
     diagnostics: int
     float_key: str
-    given: Tensor | None = None
+    given: tuple[Tensor, Tensor | None] | None = None
     rows: dict[Cell, dict[str, Any]] = field(default_factory=dict)
     failures: dict[Cell, str] = field(default_factory=dict)
 

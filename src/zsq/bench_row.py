@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zsq._version import __version__
 from zsq.bench_file import existing_path
 from zsq.bench_plan import Job, Plan, digest
-from zsq.data import load_images
+from zsq.data import load_labelled_images
 from zsq.diagnostics import diagnose
 from zsq.errors import UsageError
 from zsq.evaluate import CHUNK, accuracy
@@ -49,11 +49,11 @@ def fill_row(
     say: Say,
 ) -> dict[str, Any]:
     label, bits, seed = job.cell
-    images, made, seconds = None, None, None
+    images, labels, made, seconds = None, None, None, None
     if isinstance(job.settings.synthesis, MadeInBatches):
         made, seconds = _synthetic_images(job, job.settings.synthesis, plan, device, folder, title, say)
     elif isinstance(job.settings.synthesis, GivenImages):
-        images = _given_images(plan)
+        images, labels = _given_images(plan)
     work = work_folder(folder, job, plan)
     status = _status(work)
     if status == "done":
@@ -64,6 +64,7 @@ def fill_row(
             recipe=job.settings,
             budget="paper",
             images=images,
+            image_labels=labels,
             made=made,
             seed=seed,
             device=device,
@@ -118,12 +119,12 @@ def measure(model: nn.Module, plan: Plan, device: str) -> dict[str, Any]:
     return accuracy(model, plan.dataset.batches(CHUNK), device=device).to_json()
 
 
-def _given_images(plan: Plan) -> Tensor:
-    """All images of the network's `images`; the recipe says how many of them are drawn."""
+def _given_images(plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """All images of the network's `images`, with labels if known; the recipe says how many are drawn."""
     if plan.given is None:
         path = existing_path(plan.network.images, f"images of {plan.network.name}")
         assert path is not None
-        plan.given = load_images(path, plan.teacher.spec)
+        plan.given = load_labelled_images(path, plan.teacher.spec, plan.teacher.output_shape[0])
     return plan.given
 
 

@@ -1,5 +1,6 @@
 """Real images: a folder by class, an npz, a zip with labels.csv, or a Hugging Face dataset."""
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from zsq.pictures import ENDINGS, Reader, Source, mode_of, prepare
 from zsq.rng import rng_for
 from zsq.teacher import ModelSpec
 
-__all__ = ["Dataset", "check_labels", "load_images", "open_dataset", "prepare"]
+__all__ = ["Dataset", "check_labels", "load_images", "load_labelled_images", "open_dataset", "prepare"]
+
+logger = logging.getLogger(__name__)
 
 KINDS = (
     "a folder with one sub-folder of pictures a class, an .npz file with `images` and `labels`, a .zip of "
@@ -112,7 +115,7 @@ def load_images(path_or_name: str | Path, spec: ModelSpec, num_images: int | Non
 
     Args:
         path_or_name: as for `open_dataset`; or a folder that `zsq synthesize` or a run wrote. Labels are not
-            looked at: a folder may hold pictures directly, `labels` may be missing in an npz, labels.csv in
+            needed: a folder may hold pictures directly, `labels` may be missing in an npz, labels.csv in
             a zip.
         spec: size and normalisation of the model's input; see `prepare`.
         num_images: how many, drawn once and for all from the whole set, as many sets are sorted by class, and
@@ -121,7 +124,50 @@ def load_images(path_or_name: str | Path, spec: ModelSpec, num_images: int | Non
     Raises:
         UsageError: nothing is there, it is of another kind or damaged, or it holds fewer images.
     """
+    return _read(_open(path_or_name, spec, labelled=False), num_images)
+
+
+def load_labelled_images(
+    path_or_name: str | Path, spec: ModelSpec, num_classes: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """All images as `load_images` gives them, and their labels where they are those of the model.
+
+    Args:
+        path_or_name: as for `load_images`.
+        spec: size and normalisation of the model's input.
+        num_classes: outputs of the model; None if it is no classifier.
+
+    Returns:
+        Images (N, C, H, W) and labels (N,), int64, or None: an image has none, a label is no class of the
+        model, or the source names more or fewer classes than it has.
+
+    Raises:
+        UsageError: as for `load_images`.
+    """
     source = _open(path_or_name, spec, labelled=False)
+    images = _read(source, None)
+    return images, None if num_classes is None else _labels_of_model(source, num_classes)
+
+
+def _labels_of_model(source: Source, num_classes: int) -> Tensor | None:
+    labels, named = source.labels, len(source.class_names)
+    if labels is None:
+        return None
+    lowest, highest = int(labels.min()), int(labels.max())
+    if named in (0, num_classes) and lowest >= 0 and highest < num_classes:
+        logger.info("%s brings labels along: %d classes.", source.name, len(labels.unique()))
+        return labels
+    what = f"{named} classes" if named not in (0, num_classes) else f"the labels {lowest} to {highest}"
+    logger.info(
+        "%s has %s, and the model %d classes; its images are taken without labels.",
+        source.name,
+        what,
+        num_classes,
+    )
+    return None
+
+
+def _read(source: Source, num_images: int | None) -> Tensor:
     if num_images is not None and num_images > source.count:
         raise UsageError(
             f"{num_images} images were asked for, but {source.name} holds {source.count}. Ask for fewer, or "

@@ -33,23 +33,27 @@ def open_npz(path: Path, spec: ModelSpec, labelled: bool) -> Source:
             f"The array `images` in {path} is {images.dtype} of shape {arrays['images'].shape}. Expected "
             "uint8, levels 0 to 255, of shape (N, H, W, 3), (N, H, W, 1) or (N, H, W)."
         )
-    labels = arrays.get("labels")
-    if labels is not None:
-        if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
-            raise UsageError(
-                f"The array `labels` in {path} is {labels.dtype} of shape {labels.shape}. Expected one "
-                f"integer an image, shape ({len(images)},)."
-            )
-        if len(labels) != len(images):
-            raise UsageError(
-                f"{path} has {len(images)} images but {len(labels)} labels. Expected one label an image."
-            )
-    return Source(
-        name=f"The file {path}",
-        count=len(images),
-        read=_array_reader(images, spec),
-        labels=torch.from_numpy(labels.astype(np.int64)) if labels is not None else None,
-    )
+    labels = _labels(arrays["labels"], len(images), path) if labelled else _known_labels(path, len(images))
+    return Source(name=f"The file {path}", count=len(images), read=_array_reader(images, spec), labels=labels)
+
+
+def _labels(labels: np.ndarray[Any, Any], count: int, path: Path) -> Tensor:
+    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+        raise UsageError(
+            f"The array `labels` in {path} is {labels.dtype} of shape {labels.shape}. Expected one "
+            f"integer an image, shape ({count},)."
+        )
+    if len(labels) != count:
+        raise UsageError(f"{path} has {count} images but {len(labels)} labels. Expected one label an image.")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _known_labels(path: Path, count: int) -> Tensor | None:
+    """Labels that nobody asked for: None if there are none, or they are not one integer an image."""
+    try:
+        return _labels(_npz_arrays(path, ("labels",))["labels"], count, path)
+    except UsageError:
+        return None
 
 
 def _npz_arrays(path: Path, wanted: Iterable[str]) -> dict[str, np.ndarray[Any, Any]]:

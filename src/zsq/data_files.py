@@ -6,10 +6,11 @@ import logging
 import posixpath
 import re
 import zipfile
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from zsq.errors import UsageError
 from zsq.pictures import DAMAGED_ARCHIVE, ENDINGS, Source, one_line, picture_reader
@@ -37,24 +38,46 @@ def open_folder(path: Path, spec: ModelSpec, labelled: bool) -> Source:
         _check_class_folders(path, names, len(loose))
     found = [(file, label) for label, folder in enumerate(folders) for file in _pictures_below(folder)]
     files = ([] if labelled else loose) + [file for file, _ in found]
+    if not labelled and (path / LABELS_FILE).is_file():
+        members = [file.relative_to(path).as_posix() for file in files]
+        labels, names = _where_known(lambda: _listed(path), members), ()
+    elif not labelled and (loose or _are_splits(names) or _are_misnumbered(names)):
+        labels, names = None, ()
+    else:
+        labels = torch.tensor([label for _, label in found], dtype=torch.int64)
     return Source(
         name=f"The folder {path}",
         count=len(files),
         read=picture_reader(lambda index: files[index], lambda index: str(files[index]), spec),
-        labels=torch.tensor([label for _, label in found], dtype=torch.int64) if labelled else None,
-        class_names=names if labelled else (),
+        labels=labels,
+        class_names=names,
     )
 
 
-def _open_listed(path: Path, spec: ModelSpec) -> Source:
-    """The pictures that the labels.csv of a folder names, sorted by their names."""
+def _where_known(rows: Callable[[], Iterable[tuple[str, int]]], files: Sequence[str]) -> Tensor | None:
+    """Labels that nobody asked for: None if a file has none, or the table cannot be read."""
+    try:
+        labels = dict(rows())
+    except UsageError:
+        return None
+    known = all(file in labels for file in files)
+    return torch.tensor([labels[file] for file in files], dtype=torch.int64) if known else None
+
+
+def _listed(path: Path) -> Iterator[tuple[str, int]]:
+    """Path below a folder, with slashes, and label for every row of its labels.csv."""
     table = path / LABELS_FILE
     try:
         content = table.read_bytes()
     except OSError as error:
         raise UsageError(f"The file {table} cannot be read ({one_line(error)}).") from error
     members = {file.relative_to(path).as_posix() for file in _pictures_below(path)}
-    rows = sorted(_labels(content, str(table), members, ("",), f"below {path}"))
+    return _labels(content, str(table), members, ("",), f"below {path}")
+
+
+def _open_listed(path: Path, spec: ModelSpec) -> Source:
+    """The pictures that the labels.csv of a folder names, sorted by their names."""
+    rows = sorted(_listed(path))
     return Source(
         name=f"The folder {path}",
         count=len(rows),
@@ -71,18 +94,27 @@ def _check_class_folders(path: Path, names: tuple[str, ...], num_loose: int) -> 
             f"The folder {path} has no sub-folders ({num_loose} pictures lie in it directly). Expected one "
             "sub-folder of pictures for every class, sorted by name as the classes 0, 1, 2 ..."
         )
-    if SPLITS.issuperset(name.lower() for name in names):
+    if _are_splits(names):
         raise UsageError(
             f"The sub-folders of {path} are called {', '.join(names)}: parts of a set, not classes. "
             f"Name one of them, for example {path / names[-1]}."
         )
-    if all(name.isdecimal() for name in names) and sorted(names, key=int) != list(names):
+    if _are_misnumbered(names):
         logger.warning(
             "The sub-folders of %s are numbers, but sorted by name: %s ... are the classes 0, 1, 2 ... "
             "Write 00, 01, 02 ... if the numbers are meant.",
             path,
             ", ".join(names[:3]),
         )
+
+
+def _are_splits(names: Sequence[str]) -> bool:
+    return SPLITS.issuperset(name.lower() for name in names)
+
+
+def _are_misnumbered(names: Sequence[str]) -> bool:
+    """Whether sub-folders, sorted by name, are numbers that come in another order."""
+    return all(name.isdecimal() for name in names) and sorted(names, key=int) != list(names)
 
 
 def _pictures_below(folder: Path) -> list[Path]:
@@ -114,12 +146,14 @@ def open_zip(path: Path, spec: ModelSpec, labelled: bool) -> Source:
     if labelled:
         rows = sorted(_labels_in_zip(archive, members))
         files = [file for file, _ in rows]
+        labels: Tensor | None = torch.tensor([label for _, label in rows], dtype=torch.int64)
     else:
         files = sorted(
             name
             for name in members
             if name.lower().endswith(ENDINGS) and not posixpath.basename(name).startswith(".")
         )
+        labels = _where_known(lambda: _labels_in_zip(archive, members), files)
     return Source(
         name=f"The file {path}",
         count=len(files),
@@ -128,7 +162,7 @@ def open_zip(path: Path, spec: ModelSpec, labelled: bool) -> Source:
             lambda index: f"{files[index]} in {path}",
             spec,
         ),
-        labels=torch.tensor([label for _, label in rows], dtype=torch.int64) if labelled else None,
+        labels=labels,
     )
 
 

@@ -32,10 +32,13 @@ def open_hugging_face(text: str, spec: ModelSpec, labelled: bool) -> Source:
     features = dict(rows.features)
     images = _column(features, "Image", _IMAGE_COLUMNS, name)
     labels, class_names = None, ()
-    if labelled:
+    try:
         column = _column(features, "ClassLabel", _LABEL_COLUMNS, name)
         labels = _label_tensor(list(rows[column]), column, name)
         class_names = tuple(getattr(features[column], "names", None) or ())
+    except UsageError:
+        if labelled:
+            raise
     return Source(
         name=f"The Hugging Face dataset {name}@{split}",
         count=len(rows),

@@ -35,12 +35,15 @@ def open_made_images(path: Path, spec: ModelSpec, labelled: bool) -> Source:
     try:
         with safe_open(file, "pt") as content:
             images = content.get_tensor("images")
+            labels = content.get_tensor("labels") if "labels" in content.keys() else None
             made_for = json.loads((content.metadata() or {}).get("spec", "{}"))
         mean, std = (
             torch.tensor(made_for.get(name, getattr(spec, name)), dtype=torch.float32).view(-1, 1, 1)
             for name in ("mean", "std")
         )
         found = tuple(images.shape[1:])
+        if labels is not None and (labels.dtype != torch.int64 or labels.shape != images.shape[:1]):
+            raise ValueError(f"its labels are {labels.dtype} of shape {tuple(labels.shape)}")
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != len(spec.mean) or not values.isfinite().all():
                 raise ValueError(f"its {name} is {made_for[name]}")
@@ -62,4 +65,4 @@ def open_made_images(path: Path, spec: ModelSpec, labelled: bool) -> Source:
         chosen: Tensor = images[list(positions)].float()
         return chosen if same else (chosen * std + mean - own_mean) / own_std
 
-    return Source(name=f"The folder {path}", count=len(images), read=read)
+    return Source(name=f"The folder {path}", count=len(images), read=read, labels=labels)

@@ -59,7 +59,7 @@ def network_findings(graph: fx.GraphModule) -> list[Finding]:
 
 @torch.no_grad()
 def image_findings(
-    teacher: fx.GraphModule, images: Tensor, labels: Tensor | None, *, noise: bool
+    teacher: fx.GraphModule, images: Tensor, labels: Tensor | None, *, noise: bool, labelled: bool = False
 ) -> list[Finding]:
     """A teacher that is unsure of the images that its student is made with.
 
@@ -68,6 +68,7 @@ def image_findings(
         images: (N, C, H, W), normalised, on its device.
         labels: (N,) int64, the classes that they were made for; None if for none. Both are cut at NUM_IMAGES.
         noise: they are, and no network knows noise.
+        labelled: the user brought images and labels.
 
     Returns:
         Nothing for a network without classes.
@@ -94,7 +95,11 @@ def image_findings(
     if labels is not None:
         hits = int((logits.argmax(1) == labels[:NUM_IMAGES].to(logits.device)).sum())
         if hits < LEAST_HITS * len(images):
-            what = f"names the class asked for on {hits} of {len(images)} images"
+            if labelled:
+                what = f"names the class of the label on {hits} of {len(images)} given images"
+                goes_on = "the run goes on; number the classes of --images in the model's order"
+            else:
+                what = f"names the class asked for on {hits} of {len(images)} images"
             return [Finding("synthesize", "teacher", what, goes_on)]
     probabilities = logits.softmax(1)
     entropy = float(torch.special.entr(probabilities).sum(1).mean()) / math.log(logits.shape[1])

@@ -30,7 +30,16 @@ Reader = Callable[[Sequence[int]], Tensor]  # positions -> images (N, C, H, W), 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Images of one kind of source; labels only if they were asked for."""
+    """Images of one kind of source.
+
+    Attributes:
+        name: for messages.
+        count: how many images.
+        read: images at some positions.
+        labels: the class of every image, (N,), int64; if they were not asked for, where the source has one
+            for each, else None.
+        class_names: one name a class, or () if the source does not name its classes.
+    """
 
     name: str
     count: int

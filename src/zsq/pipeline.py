@@ -20,6 +20,7 @@ from zsq.errors import UsageError
 from zsq.estimate import FIT, estimated_drop, predictors
 from zsq.evaluate import agreement, unit_signal_to_noise
 from zsq.findings import image_findings, network_findings, student_findings, undone
+from zsq.given_images import with_given_images
 from zsq.graph.blocks import Unit, split
 from zsq.graph.capture import capture, moved
 from zsq.images.class_losses import number_of_classes
@@ -41,12 +42,12 @@ from zsq.quant.scheme import parse_bits
 from zsq.recipe import GaussianNoise, GivenImages, Recipe, StatisticalRanges, with_overrides
 from zsq.recipe_images import (
     Batches,
+    ImageSet,
     check_made,
     made_names,
     make_holdout,
     make_images,
     shape_images,
-    with_given_images,
 )
 from zsq.recipes import get_recipe
 from zsq.recover.mean_shift import correct_means
@@ -112,6 +113,7 @@ def quantize(
     budget: str = "standard",
     overrides: Mapping[str, Any] | None = None,
     images: Tensor | None = None,
+    image_labels: Tensor | None = None,
     made: Batches | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -134,6 +136,8 @@ def quantize(
         overrides: single settings by dotted name, {"synthesis.steps": 500}.
         images: (N, C, H, W), normalised, float; for recipes that use given images, and in place of the
             synthesis of others.
+        image_labels: (N,) integers, the class of each given image, where that is known: filters keep the same
+            share of every class then, and losses of labels take these in place of the teacher's classes.
         made: batches that `synthesize_images` put there for the same model, synthesis and seed, so that a
             sweep over bits makes them once; the result is that of a call without it.
         seed: all randomness follows from it.
@@ -165,8 +169,11 @@ def quantize(
         input_size=size,
     )
     if images is not None:
-        settings = with_given_images(settings, teacher, images)
+        settings = with_given_images(settings, teacher, images, image_labels)
         images = images.detach().float().cpu()
+        image_labels = None if image_labels is None else image_labels.detach().long().cpu()
+    elif image_labels is not None:
+        raise UsageError("image_labels are the classes of given images, and there are none. Give images too.")
     elif isinstance(settings.synthesis, GivenImages):
         raise UsageError(
             f"The recipe {settings.name!r} needs images: give --images PATH (a folder, an npz or a zip), or "
@@ -178,7 +185,7 @@ def quantize(
     with account.timed("capture"):
         graph = captured(teacher, target)
         _check_graph(graph, settings, teacher)
-    identity = identity_of("quantize", teacher, settings, images, seed, target)
+    identity = identity_of("quantize", teacher, settings, images, seed, target, labels=image_labels)
     identity |= _plan_identity(graph, teacher, settings, seed)
     folder = Path(out) if out is not None else None
     finished = finished_run(folder, identity, force=force, command=command) if group.size == 1 else None
@@ -191,7 +198,8 @@ def quantize(
         check_made(made or {}, settings, teacher.spec)
         pieces = ChainMap(state, made or {})
         scratch = folder / STATE if folder is not None and folder.is_dir() else Path(tempfile.gettempdir())
-        run = _run_stages(teacher, graph, settings, images, seed, target, pieces, account, bound, scratch)
+        given = None if images is None else ImageSet(images, image_labels)
+        run = _run_stages(teacher, graph, settings, given, seed, target, pieces, account, bound, scratch)
         run.record = {
             "format": FORMAT,
             "status": "done",
@@ -320,7 +328,7 @@ def _run_stages(
     teacher: Teacher,
     graph: fx.GraphModule,
     settings: Recipe,
-    given: Tensor | None,
+    given: ImageSet | None,
     seed: int,
     device: torch.device,
     state: State,
@@ -340,7 +348,8 @@ def _run_stages(
     images = made.images
     with account.timed("reconstruct"):
         noise = isinstance(settings.synthesis, GaussianNoise)
-        account.add(image_findings(graph, images, made.labels, noise=noise))
+        own = given is not None and given.labels is not None
+        account.add(image_findings(graph, images, made.labels, noise=noise, labelled=own))
         learning = None if settings.scheme.is_eight_bit else settings.reconstruction
         replaced = settings.reconstruction if settings.scheme.is_eight_bit else None
         storage = _storage(original, units, len(images), bound, scratch)

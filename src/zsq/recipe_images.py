@@ -37,7 +37,8 @@ class ImageSet:
 
     Attributes:
         images: (N, C, H, W), normalised.
-        labels: (N,) int64, on the CPU: the class that each was made for; None if that is not one each.
+        labels: (N,) int64, on the CPU: the class that each was made for, or that came with it; None if that
+            is not one each.
         prompts: of each image, see `zsq.images.prompts.Prompt`; empty if they did not come from text.
     """
 
@@ -56,7 +57,7 @@ def make_images(
     graph: fx.GraphModule,
     teacher: Teacher,
     settings: Recipe,
-    given: Tensor | None,
+    given: ImageSet | None,
     seed: int,
     device: torch.device,
     state: State,
@@ -80,9 +81,10 @@ def make_images(
     source = settings.synthesis
     if isinstance(source, GivenImages):
         assert given is not None
-        count = min(source.num_images, len(given)) if source.num_images else len(given)
-        chosen = torch.randperm(len(given), generator=rng_for(seed, "given"))[:count]
-        return ImageSet(given[chosen].to(device))
+        total = len(given.images)
+        count = min(source.num_images, total) if source.num_images else total
+        chosen = given.only(torch.randperm(total, generator=rng_for(seed, "given"))[:count])
+        return replace(chosen, images=chosen.images.to(device))
     if isinstance(source, GaussianNoise):
         shape = (source.num_images, *teacher.spec.input_size)
         noise = torch.randn(shape, generator=rng_for(seed, "noise"))
@@ -231,25 +233,3 @@ def make_holdout(
             images = _synthesize(graph, alone, teacher.spec, own_seed, {}, account, stage="holdout")
         state["holdout"] = {"images": blurred_images(images, settings)}
     return state["holdout"]["images"]
-
-
-def with_given_images(settings: Recipe, teacher: Teacher, images: Tensor) -> Recipe:
-    """The recipe with given images in place of its own.
-
-    Raises:
-        UsageError: they are not what the teacher takes, or not finite floating-point numbers.
-    """
-    if images.ndim != 4 or tuple(images.shape[1:]) != teacher.spec.input_size or len(images) == 0:
-        raise UsageError(
-            f"The given images have shape {tuple(images.shape)}; the model takes (N, "
-            f"{', '.join(map(str, teacher.spec.input_size))})."
-        )
-    if not images.is_floating_point() or not bool(images.isfinite().all()):
-        raise UsageError(
-            f"The given images (of type {str(images.dtype).removeprefix('torch.')}) are integers or hold NaN "
-            "or infinity. Expected finite floating-point numbers, normalised as the model's input: "
-            "(pixel - mean) / std for pixels in [0, 1]."
-        )
-    if isinstance(settings.synthesis, GivenImages):
-        return settings
-    return replace(settings, synthesis=GivenImages(num_images=0), refinement=None)

@@ -49,12 +49,19 @@ TUNED = "fine-tuning"
 
 
 def identity_of(
-    job: str, teacher: Teacher, settings: Recipe, images: Tensor | None, seed: int, device: torch.device
+    job: str,
+    teacher: Teacher,
+    settings: Recipe,
+    images: Tensor | None,
+    seed: int,
+    device: torch.device,
+    *,
+    labels: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Everything that the resulting bits depend on; only a run of the same identity continues a folder."""
-    given = None
-    if images is not None:
-        given = hashlib.sha256(np.ascontiguousarray(images.numpy()).tobytes()).hexdigest()
+    """Everything that the resulting bits depend on; only a run of the same identity continues a folder.
+
+    `images` and `labels` are those that the user gave.
+    """
     identity = {
         "job": job,
         "bits": settings.scheme.bits,
@@ -67,7 +74,8 @@ def identity_of(
             "spec": asdict(teacher.spec),
             "parameters": sum(p.numel() for p in teacher.module.parameters()),
         },
-        "given_images_sha256": given,
+        "given_images_sha256": _sha256(images),
+        "given_labels_sha256": _sha256(labels),
         "recipe": describe(settings),
         "versions": {
             "zsq": __version__,
@@ -78,6 +86,13 @@ def identity_of(
     }
     result: dict[str, Any] = json.loads(json.dumps(identity))
     return result
+
+
+def _sha256(tensor: Tensor | None) -> str | None:
+    """Of a tensor's values on the CPU, in order."""
+    if tensor is None:
+        return None
+    return hashlib.sha256(np.ascontiguousarray(tensor.numpy()).tobytes()).hexdigest()
 
 
 def finished_run(

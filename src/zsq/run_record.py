@@ -95,6 +95,7 @@ IF_THERE: dict[str, Check] = {
     "budget": TEXT,
     "overrides": TABLE,
     "given_images_sha256": or_none(TEXT),
+    "given_labels_sha256": or_none(TEXT),
     "model.source.notes": _list_of(TEXT),
     "recipe.scheme.placement": TEXT,
     "recipe.equalization": or_none(TABLE),

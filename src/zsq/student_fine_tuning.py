@@ -71,7 +71,7 @@ def fine_tuned(
     Args:
         networks: with a student that is calibrated, or reconstructed if the recipe does that.
         images: that it was calibrated on, on the device to compute on.
-        labels: (N,), the classes that they were made for; None takes the teacher's.
+        labels: (N,), the classes that they were made for or came with; None takes the teacher's.
         settings: the recipe.
         spec: of the model.
         seed: of the run.

@@ -154,7 +154,7 @@ def kept_images(
         images: (N, C, H, W), normalised, on the device to compute on.
         settings: a recipe with a filter.
         seed: of the run.
-        labels: (N,) int64, the class that each image was made for; None if that is not known.
+        labels: (N,) int64, the class that each image was made for or came with; None if that is not known.
     """
     kept = torch.arange(len(images))
     for chosen in settings.filter.chain if settings.filter is not None else ():

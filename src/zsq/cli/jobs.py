@@ -119,7 +119,7 @@ def quantize(
         return
     with only_result_on_stdout(), processes(device) as (group, target):
         import zsq
-        from zsq.data import load_images
+        from zsq.data import load_labelled_images
         from zsq.run import write_record
 
         overrides = {**read_filters(filters), **read_settings(settings)}
@@ -130,7 +130,10 @@ def quantize(
         teacher = read_teacher(model, weights, input_size, mean, std)
         label = bits if composed.scheme.placement == "research" else f"{bits}-{composed.scheme.placement}"
         folder = out or default_out("runs", teacher, recipe, label, seed)
-        given = load_images(images, teacher.spec) if images is not None else None
+        given, labels = None, None
+        if images is not None:
+            shape = teacher.output_shape
+            given, labels = load_labelled_images(images, teacher.spec, shape[0] if len(shape) == 1 else None)
         dataset = _labelled(data, teacher.spec, teacher.output_shape) if data is not None else None
         say(f"{teacher.name}, recipe {recipe}, {label}, budget {budget}, seed {seed} -> {folder}")
         call.hint = _goes_on(folder)
@@ -145,6 +148,7 @@ def quantize(
                 budget=budget,
                 overrides=overrides,
                 images=given,
+                image_labels=labels,
                 seed=seed,
                 device=target,
                 out=folder,

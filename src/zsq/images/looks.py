@@ -1,4 +1,4 @@
-"""Losses of images that need no stored statistics: patches that differ, smoothness, agreement of views."""
+"""Losses of images that need no stored statistics: patches that differ, smoothness, norms, agreeing views."""
 
 import math
 
@@ -84,6 +84,15 @@ def variation(images: Tensor) -> Tensor:
         images[..., :-1, :-1] - images[..., 1:, 1:],
     )
     return torch.stack([d.square().mean().sqrt() for d in differences]).mean()
+
+
+def mean_square(images: Tensor) -> Tensor:
+    """Mean of the squared pixels of images (N, C, H, W), in the square of their unit; a scalar.
+
+    Source: L2 prior of DeepInversion (arXiv:1912.08795), whose code adds norms of whole images; a mean does
+    not depend on their size.
+    """
+    return images.square().mean()
 
 
 def disagreement(logits: Tensor, other: Tensor) -> Tensor:

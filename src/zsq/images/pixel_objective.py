@@ -10,7 +10,7 @@ from zsq.graph.tensors import device_of
 from zsq.images.class_losses import ClassLosses, SecondClass, number_of_classes, soft_targets
 from zsq.images.forward import ForwardPass, Observer, observe
 from zsq.images.look_settings import PatchSimilarity
-from zsq.images.looks import disagreement, patch_cosines, similarity_entropy, variation
+from zsq.images.looks import disagreement, mean_square, patch_cosines, similarity_entropy, variation
 from zsq.images.losses import InputStatistics
 from zsq.images.pixel_settings import PixelSynthesis, StatisticsMatch
 from zsq.images.prior import InputPrior
@@ -53,6 +53,7 @@ def pixel_objective(
         patches=settings.patches is not None,
     )
     reduced = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
+    centre, scale = (torch.tensor(v, device=device).view(-1, 1, 1) for v in prior.of(shape[1]))
     parts: list[Part] = []
     if classes is not None:
         assert labels is not None
@@ -85,9 +86,12 @@ def pixel_objective(
     if settings.smoothness is not None:
         smooth = settings.smoothness
         wanted = smooth.lowest + (smooth.highest - smooth.lowest) * float(torch.rand((), generator=rng))
-        scale = torch.tensor(prior.of(shape[1])[1], device=device).view(-1, 1, 1)
         parts.append(
             _weighted("smoothness", smooth.weight, lambda f: (variation(f.images / scale) - wanted).abs())
+        )
+    if settings.norm_weight > 0:
+        parts.append(
+            _weighted("norm", settings.norm_weight, lambda f: mean_square((f.images - centre) / scale))
         )
     if agreement > 0:
         parts.append(_weighted("agreement", agreement, _disagreement))

@@ -162,6 +162,8 @@ class PixelSynthesis:
         valid_pixels: cut them to what black and white are, too.
         image_weight: factor of the distance of each image to the expected mean and deviation.
         texture_weight: factor of the distance of each image's texture energies to those of natural images.
+        norm_weight: factor of the mean square of pixels (the L2 prior of DeepInversion), in deviations from
+            the expected mean; 0 leaves it out.
         precision: of the teacher's convolutions and matrix products; the rest is float32.
         bn: match of the BatchNorm statistics; None for networks without them.
         classes: what is asked of an image's class; None: images have no class.
@@ -183,6 +185,7 @@ class PixelSynthesis:
     image_weight: float = 0.0
     texture_weight: float = field(default=0.0, metadata={"described": "unless default"})
     precision: Literal["float32", "bfloat16"] = "float32"
+    norm_weight: float = field(default=0.0, metadata={"described": "unless default"})
     momentum: float = field(default=0.9, metadata={"described": "unless default"})
     square_decay: float = field(default=0.999, metadata={"described": "unless default"})
     cosine: Cosine | None = None
@@ -204,7 +207,9 @@ class PixelSynthesis:
                     + (": the joint statistics of a batch are what is optimised." if lowest == 2 else ".")
                 )
         at_least(1, "synthesis", self, ("steps", "plateau_patience"))
-        at_least(0, "synthesis", self, ("lr", "lr_min", "limit", "image_weight", "texture_weight"))
+        at_least(
+            0, "synthesis", self, ("lr", "lr_min", "limit", "image_weight", "texture_weight", "norm_weight")
+        )
         plateau_factor("synthesis", self.plateau_factor)
         one_of("synthesis.precision", self.precision, ("float32", "bfloat16"))
         for name in ("momentum", "square_decay"):

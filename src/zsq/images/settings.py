@@ -156,7 +156,7 @@ class Filter:
         gradients: of which weights "gradient_cover" takes them, see `Refinement`; the student only has its
             ranges calibrated.
         balanced: "energy", "bn_sensitivity" and "patch_entropy" keep the same share of every class, where it
-            is known for which class an image was made.
+            is known for which class an image was made, or of which class a given one is.
         then: another filter for what this one keeps.
     """
 

@@ -81,7 +81,7 @@ def fine_tune(
         quantizers: from `attach`.
         units: from `split`.
         images: (N, C, H, W), normalised, on the device to compute on.
-        labels: (N,) int64, the classes that the images were made for; None takes the teacher's.
+        labels: (N,) int64, the classes that the images were made for or came with; None takes the teacher's.
         settings: how.
         reconstructed: whether roundings of the student were learned, see `FineTuning`.
         seed: every epoch has its own stream of it.

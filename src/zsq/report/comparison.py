@@ -86,7 +86,7 @@ def run_labels(records: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> 
 
 def configuration_of(record: Mapping[str, Any]) -> str:
     """All that a run was made with but its seed, as text."""
-    used = {key: record.get(key) for key in ("recipe", "bits", "given_images_sha256")}
+    used = {key: record.get(key) for key in ("recipe", "bits", "given_images_sha256", "given_labels_sha256")}
     return json.dumps(used, sort_keys=True)
 
 

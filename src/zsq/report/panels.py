@@ -58,6 +58,7 @@ def images(run: Run) -> Panel:
     pixels = pixels_of(run.images[: int(shown)], run.spec)
     classes = (run.inspection or {}).get("classes")
     tiles, same = [], 0
+    origin = "label" if run.record.get("given_labels_sha256") else "made for class"
     for k, one in enumerate(pixels):
         source = _data_uri(picture(one))
         if classes is None:
@@ -66,7 +67,7 @@ def images(run: Run) -> Panel:
         (a, p), (b, q) = (
             (int(classes[who]["class"][k]), classes[who]["probability"][k]) for who in ("teacher", "student")
         )
-        asked = "" if run.labels is None else f", made for class {int(run.labels[k])}"
+        asked = "" if run.labels is None else f", {origin} {int(run.labels[k])}"
         about = f"image {k}: teacher {a} ({_share(p)}), student {b} ({_share(q)}){asked}"
         tiles.append(Tile(source, f"{a} · {_share(p)}", f"{b} · {_share(q)}", a == b, about))
         same += a == b
