@@ -40,7 +40,7 @@ CELLS = (("W8A8", "research", None), ("W8A8", "engine", None), ("W4A8", "engine"
 
 @dataclass(frozen=True)
 class Boxes:
-    """Boxes of one image: corners (M, 4) as x0, y0, x1, y1 relative to the image, classes (M,), scores (M,)."""
+    """Of one image: corners (M, 4) as x0, y0, x1, y1 relative to the image, classes (M,), scores (M,)."""
 
     corners: Tensor
     classes: Tensor

@@ -6,8 +6,8 @@
 Networks: six of w8a8.toml (ZSQ_DATA names their folder), `digits`, and timm's resnet18 and mobilenetv2_100
 with random weights, whose BatchNorms saw noise. Students round to nearest with ranges from 64 real images (32
 for large ones), since nothing but their agreement with the file is looked at. Where that is below its limit,
-so is measured how far the student in float32 agrees with itself in float64: what rounding alone does. Finished
-rows are kept.
+so is measured how far the student in float32 agrees with itself in float64: what rounding alone does.
+Finished rows are kept.
 """
 
 import argparse

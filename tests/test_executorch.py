@@ -4,11 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from quantization_networks import Residual, images
 from test_cli import call, refusal
 from test_run import finished_run
 from tiny_networks import message
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 pytest.importorskip("onnx_ir")
@@ -16,6 +19,7 @@ pytest.importorskip("onnx_ir")
 from test_export import captured, run_of  # noqa: E402
 from test_export_engine import GRAPH_SIZE, engine_run, graph_of, noise  # noqa: E402
 
+import zsq  # noqa: E402
 import zsq.export.executorch as module  # noqa: E402
 from zsq.errors import JobError  # noqa: E402
 from zsq.export.executorch import export_executorch, open_executorch  # noqa: E402
@@ -121,8 +125,22 @@ def test_command(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatc
 def test_command_writes_and_evaluates(tmp_path: Path, capsys: Capture) -> None:
     needs_runtime()
     run = tmp_path / "run"
-    engine_run(captured(Residual), "W8A8", images(8)).save(run)
+    zsq.quantize(
+        "digits", recipe="given-nearest", bits="W8A8", placement="engine", images=digits(16), out=run
+    )
     code, out, _ = call(capsys, "export", run, "--to", "executorch")
     assert code == 0 and "student.pte" in out and "not an accuracy" in out and "one image a call" in out
     code, out, _ = call(capsys, "export", run, "--to", "executorch", "--force", "--json")
     assert code == 0 and json.loads(out)["file"] == "student.pte"
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "test.npz", images=pixels, labels=np.arange(12) % 10)
+    tops = []
+    for model in (run / "student.pte", run):
+        code, out, _ = call(capsys, "evaluate", model, "--data", tmp_path / "test.npz", "--json")
+        assert code == 0
+        tops.append(json.loads(out)["top1"])
+    assert tops[0] == pytest.approx(tops[1], abs=9)  # one image in twelve
+
+
+def digits(count: int) -> Tensor:
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -79,6 +79,7 @@ class ExecuTorchModel(nn.Module):
             JobError: the runtime does not load the program.
         """
         super().__init__()
+        self._content = content
         runtime = _imported("executorch.runtime")
         try:
             self._program = runtime.Runtime.get().load_program(content)
@@ -86,6 +87,9 @@ class ExecuTorchModel(nn.Module):
             self.input_shape = tuple(self._forward.metadata.input_tensor_meta(0).sizes())
         except RuntimeError as error:
             raise JobError(f"ExecuTorch does not load the program: {_brief(error)}") from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ExecuTorchModel":
+        return ExecuTorchModel(self._content)
 
     def forward(self, images: Tensor) -> Any:
         """The outputs, float32, on the CPU; one tensor if there is one."""
@@ -100,10 +104,10 @@ class ExecuTorchModel(nn.Module):
 def export_executorch(run: Run | str | Path, path: str | Path, *, force: bool = False) -> Lowered:
     """Write a run as an ExecuTorch program (.pte), after its runtime has computed the same as PyTorch.
 
-    XNNPACK computes a layer in integers if what it reads and what it returns are codes of 8 bits, so the run's
-    quantizers have to be where engines want them. Weights of fewer bits are stored in bytes. A layer whose
-    result nothing rounds, the last one as a rule, has its weight in float and computes in float. The program
-    takes one image a call.
+    XNNPACK computes a layer in integers if what it reads and what it returns are codes of 8 bits, so that
+    the run's quantizers have to be where engines want them. Weights of fewer bits are stored in bytes. A
+    layer whose result nothing rounds, the last one as a rule, has its weight in float and computes in float.
+    The program takes one image a call.
 
     Args:
         run: a Run, or the folder of one.
@@ -130,7 +134,8 @@ def export_executorch(run: Run | str | Path, path: str | Path, *, force: bool = 
     in_float = _free_unrounded_layers(lowered)
     if in_float:
         notes.append(
-            f"layers whose result is not quantized compute in float, with float weights: {', '.join(in_float)}"
+            f"layers whose result is not quantized have float weights and compute in float: "
+            f"{', '.join(in_float)}"
         )
     content, outside = _lower(with_operators(lowered), tuple(loaded.images.shape[1:]))
     if outside:
@@ -176,8 +181,8 @@ def open_executorch(path: str | Path) -> EngineFile:
         raise UsageError(f"{file} does not run here: {error} Export the run again.") from error
     if model.input_shape[1:] != spec.input_size:
         raise UsageError(
-            f"{file} takes images of shape {model.input_shape[1:]}, and its account says {spec.input_size}: it "
-            "was changed since zsq wrote it. Export the run again."
+            f"{file} takes images of shape {model.input_shape[1:]}, and its account says {spec.input_size}: "
+            "it was changed since zsq wrote it. Export the run again."
         )
     return EngineFile(model, spec, about)
 
@@ -193,8 +198,8 @@ def _check_run(run: Run) -> None:
         )
     if not reads_codes(run.student):
         raise UsageError(
-            "ExecuTorch's XNNPACK computes in integers what reads and returns codes, and the quantizers of this "
-            "run sit before layers only. Quantize with --placement engine, or export with --to onnx."
+            "ExecuTorch's XNNPACK computes in integers what reads and returns codes, and the quantizers of "
+            "this run sit before layers only. Quantize with --placement engine, or export with --to onnx."
         )
 
 
@@ -204,7 +209,7 @@ def _free_unrounded_layers(student: fx.GraphModule) -> list[str]:
     XNNPACK leaves such layers to ExecuTorch's kernels, which have no operator for their weights, or, with the
     library of quantized kernels loaded, gave wrong results (executorch 1.5.1).
     """
-    found = []
+    found: list[str] = []
     for layer in list(student.graph.nodes):
         if layer.op != "call_function" or layer.target not in LAYERS or _is_rounded(student, layer):
             continue
@@ -240,20 +245,36 @@ def _lower(module: fx.GraphModule, size: tuple[int, ...]) -> tuple[bytes, tuple[
     """The bytes of a program for one image, and the kinds of operators that XNNPACK left over."""
     partition = _imported("executorch.backends.xnnpack.partition.xnnpack_partitioner")
     exir = _imported("executorch.exir")
+    _dequantize_for_each(module)
     try:
         with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")  # of executorch, about PyTorch and Python
-            edge = exir.to_edge_transform_and_lower(
-                exported_program(module, size, batch=1), partitioner=[partition.XnnpackPartitioner()]
-            )
+            program = exported_program(module, size, batch=1)
+            edge = exir.to_edge_transform_and_lower(program, partitioner=[partition.XnnpackPartitioner()])
             content = bytes(edge.to_executorch().buffer)
     except Exception as error:  # its passes raise whatever they meet
         raise JobError(
             f"ExecuTorch {_version()} does not lower the network: {_brief(error)} Use --to onnx."
         ) from error
-    targets = [n.target for n in edge.exported_program().graph.nodes if n.op == "call_function"]
-    kinds = {str(t._op._schema.name).partition("::")[2] for t in targets if hasattr(t, "_op")}
-    return content, tuple(sorted(kinds))
+    nodes = [n for n in edge.exported_program().graph.nodes if n.op == "call_function"]
+    schemas = [getattr(getattr(n.target, "_op", None), "_schema", None) for n in nodes]
+    return content, tuple(sorted({s.name.partition("::")[2] for s in schemas if s is not None}))
+
+
+def _dequantize_for_each(module: fx.GraphModule) -> None:
+    """Give everything that reads codes a dequantizer of its own, in place.
+
+    Where readers share one and one of them is not XNNPACK's, ExecuTorch finds cycles among its parts.
+    """
+    target = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    for node in list(module.graph.nodes):
+        if node.target is not target:
+            continue
+        for reader in list(node.users)[1:]:
+            with module.graph.inserting_after(node):
+                own = module.graph.call_function(target, node.args)
+            reader.replace_input_with(node, own)
+    module.recompile()
 
 
 @torch.no_grad()
@@ -265,8 +286,8 @@ def _compared(content: bytes, reference: Reference) -> tuple[OutputDifference, .
     if wrong:
         raise JobError(
             "The ExecuTorch program does not compute what the student computes (output "
-            f"{wrong[0].name}: relative error {wrong[0].relative_error:.2g}), so it was not written. Use --to "
-            "onnx, and report the model: this is a fault of ExecuTorch or of zsq."
+            f"{wrong[0].name}: relative error {wrong[0].relative_error:.2g}), so it was not written. Use "
+            "--to onnx, and report the model: this is a fault of ExecuTorch or of zsq."
         )
     return tuple(found)
 

@@ -100,8 +100,8 @@ def linear(b: Builder, node: fx.Node, x: Any, weight: Any, bias: Any) -> Any:
     """aten.linear: Gemm on (N, C); on more axes MatMul, or Gemm between reshapes.
 
     ONNX Runtime fuses a MatMul, and a Gemm without bias, whose operands come from DequantizeLinear, and does
-    not load the result if one of them has 2 bits; a Gemm with a float bias stays as it is, and one with a bias
-    of 32-bit integers is computed in integers.
+    not load the result if one of them has 2 bits; a Gemm with a float bias stays as it is. One with a bias of
+    32-bit integers is computed in integers; else its weight is turned into float at every call.
     """
     outputs, inputs = _weight_shape(node)
     shape = node.args[0].meta["shape"]  # type: ignore[union-attr]

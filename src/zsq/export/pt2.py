@@ -67,7 +67,7 @@ def export_pt2(run: Run | str | Path, path: str | Path, *, force: bool = False) 
     Weights are bytes with a scale and a zero point a channel (codes of fewer bits in bytes too), activations
     signed codes of their true width in bytes; both in `quantized_decomposed` operators, with limits -128..127
     declared for weights, and quantizers directly before linear layers: the form that ExecuTorch's XNNPACK
-    lowering takes whole if every layer's result is quantized (placement "engine"; `export_executorch` does it).
+    lowering (`export_executorch`) takes whole if every layer's result is quantized (placement "engine").
 
     `torch.export.load` reads the file once `torch.ao.quantization.fx._decomposed` is imported; zsq is not
     needed.
