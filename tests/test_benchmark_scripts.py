@@ -79,3 +79,39 @@ def test_plots(tmp_path: Path) -> None:
     options = ["--network", "n", "--cost", str(files[0]), "--sharpness", str(files[1])]
     plots.main([str(tmp_path / "rows.jsonl"), *options])
     assert all("<svg" in file.read_text() for file in files)
+
+
+def test_detections(tmp_path: Path) -> None:
+    """Decoding, suppression and precision of a detector's output, small enough to count by hand."""
+    from detector import Boxes, average_precision, decode, mean_average_precision, overlap, table
+
+    output = torch.full((1, 85, 2, 2), -20.0)
+    output[:, 0], output[:, 5:] = 0.0, 0.0
+    # The cell in row 1, column 0: middle (0 + 0) / 2, (0 + 1) / 2, both sides sigmoid(0) = 0.5.
+    output[0, 0, 1, 0], output[0, 1:5, 1, 0], output[0, 5 + 7, 1, 0] = 0.25, 0.0, 0.5
+    (found,) = decode(output)
+    assert torch.allclose(found.corners, torch.tensor([[-0.25, 0.25, 0.25, 0.75]]))
+    assert found.classes.tolist() == [7]
+    assert float(found.scores) == pytest.approx(0.25**0.6 * 0.5**0.4)
+    # A worse box of the same class on top of it goes, one of another class stays.
+    for column, (of_class, objectness) in enumerate(((7, 0.2), (8, 0.1))):
+        output[0, 0, 0, column], output[0, 5 + of_class, 0, column] = objectness, 0.5
+        output[0, 1:5, 0, column] = torch.tensor([float(np.arctanh(-0.999 * column)), 3.0, 0.0, 0.0])
+    (found,) = decode(output)
+    assert found.classes.tolist() == [7, 8]
+    unit = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    assert float(overlap(unit, torch.tensor([[0.5, 0.0, 1.5, 1.0]]))) == pytest.approx(1 / 3)
+
+    def boxes(*rows: tuple[float, int, float]) -> Boxes:
+        """Squares of side 1 by place, class and score."""
+        places = torch.tensor([[x, 0.0, x + 1, 1.0] for x, _, _ in rows]).reshape(-1, 4)
+        return Boxes(places, torch.tensor([c for _, c, _ in rows]), torch.tensor([s for _, _, s in rows]))
+
+    wanted = [boxes((0.0, 1, 1.0), (5.0, 1, 1.0)), boxes((0.0, 2, 1.0))]
+    # Class 1: a hit, a second box for the same target, a hit: recall 1/2, 1/2, 1, precision 1, 1/2, 2/3.
+    seen = [boxes((0.1, 1, 0.9), (0.0, 1, 0.8), (5.0, 1, 0.7)), boxes((9.0, 2, 0.9))]
+    assert average_precision(seen, wanted, 1) == pytest.approx((51 * 1 + 50 * 2 / 3) / 101)
+    assert average_precision(seen, wanted, 2) == 0
+    assert mean_average_precision(seen, wanted) == pytest.approx((51 + 100 / 3) / 202)
+    assert mean_average_precision(wanted, wanted) == 1
+    assert "0.390" in table([], 0.39, 244490)

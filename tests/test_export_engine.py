@@ -23,9 +23,11 @@ from zsq.run import Run
 for package in ("onnx", "onnx_ir", "onnxruntime", "ml_dtypes"):
     pytest.importorskip(package)
 
+import onnx  # noqa: E402
 from test_export import FLOAT, PLACES, captured, exported, kinds, run_of, worst  # noqa: E402
 
 from zsq.export import openvino  # noqa: E402
+from zsq.export.engine import EngineModel  # noqa: E402
 from zsq.export.integer import fused_operators, quantize_for_fusion, reads_codes  # noqa: E402
 from zsq.export.openvino import OpenVinoModel  # noqa: E402
 from zsq.export.prepare import prepared  # noqa: E402
@@ -94,6 +96,23 @@ def test_the_bundled_network_is_fused_by_default(tmp_path: Path) -> None:
     research = run_of(graph, "W8A8", noise(*teacher.spec.input_size))
     plain = fused_operators(exported(research, tmp_path, container="int8", force=True).path.read_bytes())
     assert not plain.complete and plain.additions == 0
+
+
+def test_the_last_layer_is_computed_in_integers(tmp_path: Path) -> None:
+    """Its bias is stored in 32 bits for that; in float its weight would be converted at every call."""
+    run = engine_run(captured(Residual), "W8A8", images(8))
+    content = exported(run, tmp_path).path.read_bytes()
+    saved = tmp_path / "optimized.onnx"
+    EngineModel(content, threads=1, saved=str(saved))
+    found = [node.op_type for node in onnx.load(saved).graph.node]
+    assert "QGemm" in found and "Gemm" not in found
+    # A bias that is no multiple of the step stays as it is.
+    bias = next(p for name, p in run.student.named_parameters() if "fc" in name and name.endswith("bias"))
+    with torch.no_grad():
+        bias += 0.3 * bias.abs().max()
+    kept = exported(run, tmp_path, force=True).path.read_bytes()
+    initializers = {t.name: t.data_type for t in onnx.load_from_string(kept).graph.initializer}
+    assert onnx.TensorProto.INT32 not in initializers.values()
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100"])

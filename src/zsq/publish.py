@@ -16,7 +16,7 @@ from zsq.run import RECORD, Run, claim_folder, load_run, read_record, write_atom
 
 EXTRA = "hf"
 CARD = "README.md"
-EXPORTS = (".onnx", ".xml", ".pt2")
+EXPORTS = (".onnx", ".xml", ".pt2", ".pte")
 UNKNOWN = "unknown: the teacher's licence was not given, and the quantized model stands under it"
 
 

@@ -13,6 +13,7 @@ from zsq.cli.terminal import print_json, print_parts
 EXTRAS = {
     "onnx": (("onnx", "onnx_ir", "onnxruntime", "ml_dtypes"), "zsq export, zsq evaluate FILE.onnx"),
     "openvino": (("openvino",), "exported files checked in OpenVINO, zsq export --to openvino"),
+    "executorch": (("executorch", "torchao"), "zsq export --to executorch, zsq evaluate FILE.pte"),
     "timm": (("timm", "torchvision"), "models by timm's names"),
     "diffusion": (("diffusers", "transformers", "accelerate"), "recipes genq and mixup_class"),
     "hf": (("datasets", "huggingface_hub"), "data sets and models of the Hugging Face hub"),

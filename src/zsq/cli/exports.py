@@ -14,13 +14,19 @@ from zsq.errors import JobError, UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from zsq.export.executorch import Lowered
     from zsq.export.latency import Latency
     from zsq.export.onnx import Export
     from zsq.export.openvino_ir import Representation
     from zsq.export.pt2 import Program
     from zsq.export.verify import OutputDifference
 
-FORMATS = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}  # with the ending of the file
+FORMATS = {  # with the ending of the file
+    "onnx": ".onnx",
+    "openvino": ".xml",
+    "pt2": ".pt2",
+    "executorch": ".pte",
+}
 
 
 def export(
@@ -29,8 +35,8 @@ def export(
         str,
         typer.Option(
             "--to",
-            metavar="onnx|openvino|pt2",
-            help="kind of file: ONNX, OpenVINO's IR, or a torch.export program",
+            metavar="onnx|openvino|pt2|executorch",
+            help="kind of file: ONNX, OpenVINO's IR, a torch.export program, or an ExecuTorch program",
         ),
     ] = "onnx",
     target: Annotated[
@@ -48,7 +54,7 @@ def export(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="file to write; by default RUN/student.onnx, .xml or .pt2"),
+        typer.Option(metavar="FILE", help="file to write; by default RUN/student.onnx, .xml, .pt2 or .pte"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the file if it exists")] = False,
     as_json: JsonOption = False,
@@ -58,8 +64,8 @@ def export(
     if to not in FORMATS:
         raise UsageError(f"--to is one of {', '.join(FORMATS)}, got {to!r}.")
     file = out or run / f"student{FORMATS[to]}"
-    if to == "pt2" and container is not None:
-        raise UsageError("A torch.export program has one form. Leave out --container.")
+    if to in ("pt2", "executorch") and container is not None:
+        raise UsageError("A torch.export or ExecuTorch program has one form. Leave out --container.")
     if to != "onnx" and target is not None:
         raise UsageError(f"--target is for ONNX files; --to {to} says already what is to run it.")
     if to == "openvino":
@@ -74,6 +80,12 @@ def export(
 
             program = export_pt2(run, file, force=force)
         _show(program.to_json(), _program_summary(program), as_json)
+    elif to == "executorch":
+        with only_result_on_stdout():
+            from zsq.export.executorch import export_executorch
+
+            lowered = export_executorch(run, file, force=force)
+        _show(lowered.to_json(), _lowered_summary(lowered), as_json)
     else:
         with only_result_on_stdout():
             from zsq.export.onnx import export_onnx
@@ -175,6 +187,17 @@ def _program_summary(program: "Program") -> "list[Table | str]":
         f"The program against the student on {program.num_images} synthetic images (not an accuracy):",
         _outputs(program.outputs),
         *(f"Note: {note}." for note in program.notes),
+    ]
+
+
+def _lowered_summary(lowered: "Lowered") -> "list[Table | str]":
+    return [
+        "",
+        f"{lowered.path} ({bytes_text(lowered.size)})",
+        f"{lowered.engine} against PyTorch on {lowered.num_images} synthetic images (not an accuracy):",
+        _outputs(lowered.outputs),
+        *(f"Note: {note}." for note in lowered.notes),
+        f"To measure accuracy on labelled images: {evaluate_line(lowered.path, None)}",
     ]
 
 

@@ -238,7 +238,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="RUN|MODEL|FILE",
-            help="a run folder, whose student is measured, a model, or an exported .onnx or .xml file",
+            help="a run folder, whose student is measured, a model, or an exported .onnx, .xml or .pte file",
         ),
     ],
     data: Annotated[
@@ -271,7 +271,7 @@ def evaluate(
         from zsq.run import load_run
 
         networks: dict[str, nn.Module] = {}
-        exported, from_run = Path(model).suffix in (".onnx", ".xml"), is_run(model)
+        exported, from_run = Path(model).suffix in (".onnx", ".xml", ".pte"), is_run(model)
         if diagnostics and not from_run:
             raise UsageError(
                 f"--diagnostics compares the student of a run with its teacher, and {model} is no run folder."
@@ -354,9 +354,11 @@ def _engine(path: str) -> "tuple[nn.Module, ModelSpec, tuple[int, ...]]":
     import torch
 
     from zsq.export.engine import open_engine
+    from zsq.export.executorch import open_executorch
     from zsq.export.openvino_ir import open_representation
 
-    file = open_representation(path) if Path(path).suffix == ".xml" else open_engine(path)
+    openers = {".xml": open_representation, ".pte": open_executorch}
+    file = openers.get(Path(path).suffix, open_engine)(path)
     outputs = file.model(torch.zeros(2, *file.spec.input_size))
     if isinstance(outputs, tuple):
         raise UsageError(f"{path} has {len(outputs)} outputs. Accuracy needs a classifier, which has one.")

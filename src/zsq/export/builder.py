@@ -22,13 +22,14 @@ class Builder:
     Attributes:
         exact: whether the engine is to compute in float between the quantizers and must be kept from fusing
             them with operators (it has none for less than 8 bits); else 8-bit fusions are wanted.
+        integer_biases: whether biases of linear layers are stored as 32-bit integers where they are some.
         quantized: (value, quantizer) -> its dequantized value, so that readers share one.
     """
 
-    def __init__(self, *, exact: bool) -> None:
+    def __init__(self, *, exact: bool, integer_biases: bool = False) -> None:
         self._ir: Any = import_extra("onnx_ir", EXTRA)
         self._types: Any = import_extra("ml_dtypes", EXTRA)
-        self.exact = exact
+        self.exact, self.integer_biases = exact, integer_biases
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self.quantized: dict[tuple[str, str], ir.Value] = {}
@@ -112,6 +113,24 @@ class Builder:
             self.codes(stored.zero_point, stored, f"{name}.zero_point"),
             name=f"{name}.weight",
             axis=axis,
+        )
+
+    def bias(self, value: "ir.Value", step: Tensor, name: str) -> "ir.Value":
+        """A bias (C,) in integers and steps (C,), if it is one within float32's rounding; else as it is."""
+        stored = value.const_value
+        if stored is None:
+            return value
+        steps = torch.from_numpy(stored.numpy()).double() / step.double()
+        codes = steps.round()
+        exact = (steps - codes).abs() <= 0.01 + codes.abs() * 2.0**-22
+        if not bool(exact.all()) or bool(codes.abs().max() >= 2**31):
+            return value
+        return self.op(
+            "DequantizeLinear",
+            self._store(codes.numpy().astype(np.int32), f"{name}.codes", "INT32"),
+            self.tensor(step.float(), f"{name}.step"),
+            name=name,
+            axis=0,
         )
 
     def quantized_activation(

@@ -55,6 +55,22 @@ def quantize_for_fusion(student: fx.GraphModule) -> None:
     student.recompile()
 
 
+def share_quantizers(student: fx.GraphModule) -> None:
+    """Make one call of those of a quantizer on the same tensor, in place; no value changes.
+
+    ExecuTorch takes a tensor's codes from its only reader, and fails with several.
+    """
+    calls: dict[tuple[Any, Any], fx.Node] = {}
+    for node in list(student.graph.nodes):
+        if _quantizer(student, node) is None:
+            continue
+        first = calls.setdefault((node.target, node.args[0]), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            student.graph.erase_node(node)
+    student.recompile()
+
+
 def _quantize_result(student: fx.GraphModule, node: fx.Node, name: str) -> None:
     """Whatever reads a tensor, but for the network's output, reads it through a quantizer."""
     readers = [u for u in node.users if u.op != "output" and isinstance(u.meta["shape"], (tuple, list))]

@@ -100,7 +100,8 @@ def linear(b: Builder, node: fx.Node, x: Any, weight: Any, bias: Any) -> Any:
     """aten.linear: Gemm on (N, C); on more axes MatMul, or Gemm between reshapes.
 
     ONNX Runtime fuses a MatMul, and a Gemm without bias, whose operands come from DequantizeLinear, and does
-    not load the result if one of them has 2 bits; a Gemm with a float bias stays as it is.
+    not load the result if one of them has 2 bits; a Gemm with a float bias stays as it is. One with a bias of
+    32-bit integers is computed in integers; else its weight is turned into float at every call.
     """
     outputs, inputs = _weight_shape(node)
     shape = node.args[0].meta["shape"]  # type: ignore[union-attr]
@@ -111,9 +112,23 @@ def linear(b: Builder, node: fx.Node, x: Any, weight: Any, bias: Any) -> Any:
         bias = b.tensor(torch.zeros(outputs), f"{node.name}.no_bias")
     if len(shape) != 2:
         x = b.op("Reshape", x, b.integers([-1, inputs]), name=f"{node.name}.rows")
+    if bias is not None and b.integer_biases and isinstance(weight, StoredWeight):
+        bias = _integer_bias(b, node, x, weight, bias)
     operands = [x, weight_value(b, weight)] + ([bias] if bias is not None else [])
     y = b.op("Gemm", *operands, name=node.name, transB=1)
     return y if len(shape) == 2 else reshape_to(b, y, node.meta["shape"], f"{node.name}.shaped")
+
+
+def _integer_bias(b: Builder, node: fx.Node, x: Any, weight: StoredWeight, bias: Any) -> Any:
+    """A bias in steps of the input's scale times the weight's, if the input comes from codes."""
+    source = x.producer()
+    scale = (
+        source.inputs[1].const_value if source is not None and source.op_type == "DequantizeLinear" else None
+    )
+    if scale is None:
+        return bias
+    step = weight.scale.detach().double() / weight.stored.finer * float(scale.numpy())
+    return b.bias(bias, step, f"{node.name}.bias")
 
 
 def batch_norm(

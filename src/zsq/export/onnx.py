@@ -177,7 +177,8 @@ def lower(
     narrowest = min((stored.width for stored in codes.values()), default=8)
     weights_only = bool(codes) and not any(isinstance(m, ActivationQuantizer) for m in student.modules())
     careful = target.rounds_biases and min(widths) < 8 and not reads_codes(student)
-    b = Builder(exact=narrowest < 8 or weights_only or careful)
+    exact = narrowest < 8 or weights_only or careful
+    b = Builder(exact=exact, integer_biases=target.rounds_biases and not exact)
     if not b.exact:
         quantize_for_fusion(student)
     values: dict[fx.Node, Any] = {}

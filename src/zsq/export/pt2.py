@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from zsq.errors import JobError
 from zsq.export.codes import stored_activation, stored_weight
-from zsq.export.integer import quantize_for_fusion
+from zsq.export.integer import quantize_for_fusion, share_quantizers
 from zsq.export.onnx import metadata_of
 from zsq.export.prepare import prepared
 from zsq.export.targets import Target
@@ -67,7 +67,7 @@ def export_pt2(run: Run | str | Path, path: str | Path, *, force: bool = False) 
     Weights are bytes with a scale and a zero point a channel (codes of fewer bits in bytes too), activations
     signed codes of their true width in bytes; both in `quantized_decomposed` operators, with limits -128..127
     declared for weights, and quantizers directly before linear layers: the form that ExecuTorch's XNNPACK
-    lowering takes whole if every layer's result is quantized (placement "engine").
+    lowering (`export_executorch`) takes whole if every layer's result is quantized (placement "engine").
 
     `torch.export.load` reads the file once `torch.ao.quantization.fx._decomposed` is imported; zsq is not
     needed.
@@ -85,12 +85,12 @@ def export_pt2(run: Run | str | Path, path: str | Path, *, force: bool = False) 
     settings = file.with_name(f"{file.name}.json")
     check_free([file, settings], force=force)
     loaded = run if isinstance(run, Run) else load_run(run)
-    importlib.import_module(OPERATORS)
     student, notes = prepared(loaded.student, loaded.images, BYTES)
     reference = Reference(student, loaded.images[:NUM_IMAGES])
     lowered, _ = prepared(loaded.student, loaded.images, BYTES)
     quantize_for_fusion(lowered)
-    program = _program(_with_operators(lowered), tuple(loaded.images.shape[1:]))
+    share_quantizers(lowered)
+    program = exported_program(with_operators(lowered), tuple(loaded.images.shape[1:]))
     buffer = io.BytesIO()
     about = metadata_of(loaded, BYTES, "int8")
     torch.export.save(program, buffer, extra_files={"zsq.json": json.dumps(about)})
@@ -116,14 +116,18 @@ def export_pt2(run: Run | str | Path, path: str | Path, *, force: bool = False) 
     return result
 
 
-def _program(module: fx.GraphModule, size: tuple[int, ...]) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch", min=1)
+def exported_program(
+    module: fx.GraphModule, size: tuple[int, ...], *, batch: int | None = None
+) -> torch.export.ExportedProgram:
+    """A module with operators in place of quantizers as a program for `batch` images; None is any number."""
+    shapes = ({0: torch.export.Dim("batch", min=1)},) if batch is None else None
     with quiet():
-        return torch.export.export(module, (torch.zeros(2, *size),), dynamic_shapes=({0: batch},))
+        return torch.export.export(module, (torch.zeros(batch or 2, *size),), dynamic_shapes=shapes)
 
 
-def _with_operators(student: fx.GraphModule) -> fx.GraphModule:
+def with_operators(student: fx.GraphModule) -> fx.GraphModule:
     """A prepared student with operators on stored bytes in place of its quantizers, in place."""
+    importlib.import_module(OPERATORS)
     library = torch.ops.quantized_decomposed
     for node in list(student.graph.nodes):
         if node.op != "call_module":
