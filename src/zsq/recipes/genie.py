@@ -26,7 +26,10 @@ Where the paper and its published code differ, or the code is in error, this is 
 * First ranges come from 128 images; the code's from 32, too few for the last layer (cifar100_resnet14s, W8A8,
   rounding to nearest on 128 synthetic images: 68.1 instead of 67.7).
 * At W8A8 and W8 nothing is learned: rounding to nearest loses next to nothing, and learning on few images is
-  not better (cifar100_resnet14s, quick budget: 67.7 learned, 68.1 to nearest, 68.3 in float).
+  not better (cifar100_resnet14s, quick budget: 67.7 learned, 68.1 to nearest, 68.3 in float). Biases take up
+  the mean errors of layers on the images instead (`reconstruction.at_8_bits`): imagenet_etinynet_1.0, quick
+  budget, seed 0, 500 real images: divergence of the class probabilities from the teacher's 0.117 before and
+  0.074 after, same class as the teacher 86.6 % and 90.4 %, top-1 70.4 and 71.4 (72.2 in float).
 * Step sizes are kept positive; the code does not.
 * A unit whose learned rounding is worse than rounding to nearest on its own images keeps the latter.
 * Schedules: the waiting times of the learning rates of images stay as published when there are fewer steps;
