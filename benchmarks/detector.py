@@ -2,10 +2,10 @@
 
     ZSQ_DATA=DIR python benchmarks/detector.py --write benchmarks/results/detector.md
 
-ZSQ_DATA names the folder of networks and images. Recipe `given-nearest`: ranges from real images, nothing
-learned, W8A8. The images are cut into two halves; the student that is measured on one half has its ranges from the
-other, and the detections of both go into one figure. The file runs in ONNX Runtime. "Rounding alone" is the
-student in float64 beside the student in float32.
+ZSQ_DATA names the folder of networks and images. W8A8, recipe `given-nearest`: ranges from real images,
+nothing learned. The images are cut into two halves; the student that is measured on one half has its ranges
+from the other, and the detections of both go into one figure. The file runs in ONNX Runtime. "Rounding alone"
+is the student in float64 beside the student in float32.
 """
 
 import argparse
