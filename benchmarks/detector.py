@@ -2,10 +2,10 @@
 
     ZSQ_DATA=DIR python benchmarks/detector.py --write benchmarks/results/detector.md
 
-ZSQ_DATA names the folder of networks and images. Recipe `given-nearest`: ranges from real images, nothing
-learned. The images are cut into two halves; the student that is measured on one half has its ranges from the
-other, and the detections of both go into one figure. The file runs in ONNX Runtime. "Rounding alone" is the
-student in float64 beside the student in float32.
+ZSQ_DATA names the folder of networks and images. W8A8, recipe `given-nearest`: ranges from real images,
+nothing learned. The images are cut into two halves; the student that is measured on one half has its ranges
+from the other, and the detections of both go into one figure. The file runs in ONNX Runtime. "Rounding alone"
+is the student in float64 beside the student in float32.
 """
 
 import argparse
@@ -35,7 +35,8 @@ IMAGES, SIZE = "${ZSQ_DATA}/coco_val128_dev.zip", 352
 MIN_SCORE, NMS_OVERLAP, MATCH_OVERLAP = 0.001, 0.45, 0.5
 RECALLS = np.linspace(0, 1, 101)
 BATCH = 8
-CELLS = (("W8A8", "research", None), ("W8A8", "engine", None), ("W4A8", "engine", "int8"))
+BITS = "W8A8"
+PLACEMENTS = ("research", "engine")
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,6 @@ def outputs(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 class Row:
     """What one export gave; pairs are of the file and of the student in float64."""
 
-    bits: str
     placement: str
     student: float
     others: tuple[float, float]
@@ -162,14 +162,8 @@ class Row:
     in_integers: str
 
 
-def measured(
-    teacher: zsq.Teacher,
-    images: Tensor,
-    wanted: Sequence[Boxes],
-    cell: tuple[str, str, str | None],
-) -> Row:
+def measured(teacher: zsq.Teacher, images: Tensor, wanted: Sequence[Boxes], placement: str) -> Row:
     """Of both halves of the images, each with ranges from the other one."""
-    bits, placement, container = cell
     halves = (slice(None, None, 2), slice(1, None, 2))
     got: list[tuple[Tensor, Tensor, Tensor]] = []
     boxes: list[Boxes] = []
@@ -177,13 +171,13 @@ def measured(
         run = zsq.quantize(
             teacher,
             recipe="given-nearest",
-            bits=bits,
+            bits=BITS,
             placement=placement,
             images=images[halves[1 - index]],
             overrides={"num_holdout": 0},
         )
         with tempfile.TemporaryDirectory() as folder:
-            export = export_onnx(run, Path(folder) / "detector.onnx", container=container)
+            export = export_onnx(run, Path(folder) / "detector.onnx")
             content, session = export.path.read_bytes(), export.verification.session
             file = open_engine(export.path).model
             held_out = images[halves[index]]
@@ -193,7 +187,6 @@ def measured(
     student, *others = (torch.cat(parts) for parts in zip(*got, strict=True))
     fused = fused_operators(content, session)
     return Row(
-        bits=bits + (f", {container.upper()}" if container else ""),
         placement=placement,
         student=mean_average_precision(decode(student), boxes),
         others=_pair(lambda y: mean_average_precision(decode(y), boxes), others),
@@ -219,14 +212,14 @@ def table(rows: Sequence[Row], in_float: float, parameters: int) -> str:
     lines = [
         f"The float network: {in_float:.3f}, {4 * parameters / 1e6:.2f} MB.",
         "",
-        "| bits | placement | MB | convolutions in integers | mAP student | mAP file | file - student "
+        "| placement | MB | convolutions in integers | mAP student | mAP file | file - student "
         "| same class a cell % | relative error | rounding alone: mAP | same class % | relative error |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         (file, precise), (same, rounded), (error, rounding) = row.others, row.same_class, row.relative_error
         lines.append(
-            f"| {row.bits} | {row.placement} | {row.size / 1e6:.2f} | {row.in_integers} | {row.student:.3f} "
+            f"| {row.placement} | {row.size / 1e6:.2f} | {row.in_integers} | {row.student:.3f} "
             f"| {file:.3f} | {file - row.student:+.3f} | {same:.2f} | {error:.4f} | {precise:.3f} "
             f"| {rounded:.2f} | {rounding:.4f} |"
         )
@@ -253,8 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     in_float = mean_average_precision(decode(outputs(teacher.module, images)), wanted)
     print(f"float: {in_float:.3f} on {len(images)} images", flush=True)
     rows = []
-    for cell in CELLS:
-        rows.append(measured(teacher, images, wanted, cell))
+    for placement in PLACEMENTS:
+        rows.append(measured(teacher, images, wanted, placement))
         print(rows[-1], flush=True)
     text = table(rows, in_float, sum(p.numel() for p in teacher.module.parameters()))
     if options.write:

@@ -138,7 +138,7 @@ def test_command_writes_and_evaluates(tmp_path: Path, capsys: Capture) -> None:
     for model in (run / "student.pte", run):
         code, out, _ = call(capsys, "evaluate", model, "--data", tmp_path / "test.npz", "--json")
         assert code == 0
-        tops.append(json.loads(out)["top1"])
+        tops.append(json.loads(out)["student"]["top1"])
     assert tops[0] == pytest.approx(tops[1], abs=9)  # one image in twelve
 
 

@@ -11,7 +11,7 @@ from quantization_networks import Residual, Tokens, images
 from torch import fx, nn
 
 from zsq.export.targets import TARGETS
-from zsq.graph.capture import capture
+from zsq.graph.capture import LAYERS, capture
 from zsq.models import ModelSpec, load_model
 from zsq.quant.attach import attach
 from zsq.quant.calibrate import calibrate
@@ -155,6 +155,14 @@ def test_biases_are_what_the_engine_adds(name: str, tmp_path: Path) -> None:
     round_biases(student)
     for key, tensor in student.state_dict().items():  # rounding twice is rounding once
         assert torch.allclose(tensor, again[key], rtol=1e-5, atol=1e-7)
+
+
+def test_biases_after_concatenations() -> None:
+    """Parts of a concatenation share a quantizer, whose scale the next layer's bias is rounded for."""
+    student, _ = attach(graph_of("shuffle"), parse_bits("W8A8", placement="engine"))
+    calibrate(student, [noise(*GRAPH_SIZE)], Calibration())
+    layers = [n for n in student.graph.nodes if n.op == "call_function" and n.target in LAYERS]
+    assert round_biases(student) == len(layers)
 
 
 def test_placement_is_seen_in_the_student(tmp_path: Path) -> None:

@@ -79,7 +79,6 @@ class ExecuTorchModel(nn.Module):
             JobError: the runtime does not load the program.
         """
         super().__init__()
-        self._content = content
         runtime = _imported("executorch.runtime")
         try:
             self._program = runtime.Runtime.get().load_program(content)
@@ -87,9 +86,6 @@ class ExecuTorchModel(nn.Module):
             self.input_shape = tuple(self._forward.metadata.input_tensor_meta(0).sizes())
         except RuntimeError as error:
             raise JobError(f"ExecuTorch does not load the program: {_brief(error)}") from error
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ExecuTorchModel":
-        return ExecuTorchModel(self._content)
 
     def forward(self, images: Tensor) -> Any:
         """The outputs, float32, on the CPU; one tensor if there is one."""

@@ -9,7 +9,7 @@ from zsq.graph.capture import LAYERS
 from zsq.graph.fold import BATCH_NORM, scales_channels
 from zsq.graph.tensors import get_tensor
 from zsq.quant.affine import along_axis
-from zsq.quant.engine_placement import CARRIERS
+from zsq.quant.engine_placement import CARRIERS, CAT
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 
 
@@ -80,9 +80,14 @@ def _round_norm(student: fx.GraphModule, layer: fx.Node, norm: fx.Node, step: Te
 
 
 def _source(student: fx.GraphModule, node: Any) -> ActivationQuantizer | None:
-    """The quantizer that the values of a tensor come from."""
-    while isinstance(node, fx.Node) and node.op == "call_function" and node.target in CARRIERS:
-        node = node.args[0]
+    """The quantizer that the values of a tensor come from; concatenations have one that their parts share."""
+    if isinstance(node, fx.Node) and node.op == "call_function":
+        if node.target is CAT:
+            parts: Any = node.args[0]
+            sources = {_source(student, part) for part in parts}
+            return sources.pop() if len(sources) == 1 else None
+        if node.target in CARRIERS:
+            return _source(student, node.args[0])
     found = _module(student, node)
     return found if isinstance(found, ActivationQuantizer) else None
 
