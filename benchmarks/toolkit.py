@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from toolkit_programs import generate, gradient_ptq, import_toolkit
+from toolkit_programs import free_output, generate, gradient_ptq, import_toolkit
 from torch import Tensor
 
 import zsq
@@ -57,6 +57,7 @@ TOOLKIT, TUNED = "toolkit", "toolkit, tuned"
 PIXELS = "zsq pixels, bfloat16"
 OURS = {"zsq float32": "float32", "zsq bfloat16": "bfloat16", PIXELS: "bfloat16"}
 PIXEL_RATE = 0.3  # of 0.1, 0.3 (32 images, 100 steps, BatchNorm distance 0.62, 0.41)
+PLACEMENTS = {"zsq": "research", "zsq, engine": "engine"}
 MOST_MARKS = 20  # zsq logs about so many steps of a batch
 
 
@@ -161,31 +162,30 @@ def measure_accuracy(
     teacher: Teacher, options: argparse.Namespace, images: Tensor, learner: str, seed: int
 ) -> Row:
     """A student that has learned from the images: its seconds and its top-1."""
+
+    def top1() -> float:
+        batches = open_dataset(options.data, teacher.spec).batches(250, limit=options.num_test)
+        return accuracy(student, batches).top1
+
     started = time.process_time()
-    if learner == "zsq":
-        run = zsq.quantize(
+    if learner == TOOLKIT:
+        student = gradient_ptq(teacher, images, bits=options.bits, steps=options.unit_steps, seed=seed)
+    else:
+        student = zsq.quantize(
             teacher,
             recipe="genie",
             bits=options.bits,
+            placement=PLACEMENTS[learner],
             budget="quick",
             overrides={"reconstruction.steps": options.unit_steps},
             images=images,
             seed=seed,
-        )
-        student: torch.nn.Module = run.student
-    else:
-        student = gradient_ptq(
-            teacher,
-            images,
-            bits=options.bits,
-            steps=options.unit_steps,
-            seed=seed,
-            uniform_weights=learner.endswith("uniform"),
-        )
-    seconds = time.process_time() - started
-    dataset = open_dataset(options.data, teacher.spec)
-    top1 = accuracy(student, dataset.batches(250, limit=options.num_test)).to_json()["top1"]
-    return {"seconds": seconds, "top1": top1}
+        ).student
+    row: Row = {"seconds": time.process_time() - started}
+    if learner == TOOLKIT:
+        row["top1_quantized_output"] = top1()
+        free_output(student)
+    return row | {"top1": top1()}
 
 
 def speed_table(rows: Sequence[Row]) -> str:
@@ -215,18 +215,28 @@ def images_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def mean_of(rows: Sequence[Row], name: str) -> str:
+    """Mean and deviation over rows; empty if they do not have it."""
+    values = [row[name] for row in rows if name in row]
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if values[1:] else "")
+
+
 def accuracy_table(rows: Sequence[Row]) -> str:
     """Top-1 over seeds, by images and learner."""
-    lines = ["| images of | steps | learned by | top-1 | seeds | s |", "|---|---:|---|---:|---|---:|"]
+    lines = [
+        "| images of | steps | learned by | top-1 | output quantized too | seeds | s |",
+        "|---|---:|---|---:|---:|---|---:|",
+    ]
     named = ("images", "steps", "learner")
     for key in dict.fromkeys(tuple(row[name] for name in named) for row in rows):
         found = [row for row in rows if tuple(row[name] for name in named) == key]
-        top1 = [row["top1"] for row in found]
-        spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+        means = [mean_of(found, name) for name in ("top1", "top1_quantized_output")]
         seeds = ", ".join(str(row["seed"]) for row in found)
         seconds = statistics.median(row["seconds"] for row in found)
-        mean = f"{statistics.fmean(top1):.2f}{spread}"
-        lines.append(f"| {' | '.join(map(str, key))} | {mean} | {seeds} | {seconds:.0f} |")
+        cells = [*map(str, key), *means, seeds, f"{seconds:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -256,7 +266,9 @@ def report(rows: Sequence[Row], options: argparse.Namespace, command: str, versi
         parts += [
             "## Accuracy",
             f"{options.bits}, {options.unit_steps} steps a unit (zsq) or of the whole network (toolkit), 32 "
-            f"images a step, {test} test images.",
+            f"images a step, {test} test images. Weights have the same bits in the same layers. The toolkit "
+            "quantizes what layers and sums return, and the images, with a zero point; zsq what convolutions "
+            'read, and with "engine" much as the toolkit does.',
             accuracy_table(by_stage["accuracy"]),
         ]
     return "\n\n".join(parts) + "\n"
@@ -309,7 +321,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", default="100,300", help="of whole runs; accuracy has images of the last")
     parser.add_argument("--images", default=";".join((TOOLKIT, TUNED, *OURS)), help="programs of whole runs")
     parser.add_argument("--accuracy-images", default=f"zsq bfloat16;{TUNED}", help="whose images")
-    parser.add_argument("--learners", default=f"zsq;{TOOLKIT}", help=f"also '{TOOLKIT}, uniform'")
+    parser.add_argument("--learners", default=";".join((*PLACEMENTS, TOOLKIT)))
     parser.add_argument("--bits", default="W4A8")
     parser.add_argument("--unit-steps", type=int, default=200)
     parser.add_argument("--num-test", type=int, help="test images; all if left out")

@@ -136,14 +136,12 @@ def eight_bit_layers(teacher: Teacher, bits: str) -> set[str]:
     return {str(w.target).removesuffix(".weight").replace(".", "_") for w in weights if w is not None}
 
 
-def gradient_ptq(
-    teacher: Teacher, images: Tensor, *, bits: str, steps: int, seed: int, uniform_weights: bool = False
-) -> nn.Module:
+def gradient_ptq(teacher: Teacher, images: Tensor, *, bits: str, steps: int, seed: int) -> nn.Module:
     """Its student with learned rounding, as near to zsq's quantizers as its settings allow.
 
-    Weights have one step a channel, the bits of the scheme and 8 in the same layers as in zsq. What
-    operations return has 8 bits with a zero point (its own default are steps of powers of 2, without); zsq
-    quantizes what convolutions read, so here images, both operands of sums and the output come besides.
+    Weights are symmetric with one step a channel, the bits of the scheme and 8 in the same layers as in zsq.
+    What operations return has 8 bits with a zero point (its own default are steps of powers of 2, without);
+    zsq quantizes what convolutions read, so here images, both operands of sums and the output come besides.
 
     Args:
         teacher: the network.
@@ -151,7 +149,6 @@ def gradient_ptq(
         bits: W4A8; activations have 8.
         steps: gradient steps, rounded up to whole passes over the images.
         seed: of torch and numpy.
-        uniform_weights: weights with a zero point, not symmetric as is its default.
     """
     toolkit = import_toolkit()
     scheme = parse_bits(bits)
@@ -174,12 +171,8 @@ def gradient_ptq(
             return node.type in (nn.Conv2d, nn.Linear) and (name in eight) == self.inside
 
     def edited(config: Any, weight_bits: int | None = None) -> Any:
-        kernel = {
-            "weights_n_bits": weight_bits,
-            "weights_quantization_method": methods.UNIFORM if uniform_weights else methods.SYMMETRIC,
-        }
         return config.clone_and_edit(
-            attr_to_edit={"kernel_attr": kernel} if weight_bits else None,
+            attr_to_edit={"kernel_attr": {"weights_n_bits": weight_bits}} if weight_bits else None,
             activation_quantization_method=methods.UNIFORM,
         )
 
@@ -204,3 +197,9 @@ def gradient_ptq(
     )
     found: nn.Module = student.eval()
     return found
+
+
+def free_output(student: nn.Module) -> None:
+    """Take away the quantizer of what its last layer returns, which zsq's students do not have either."""
+    names = [name for name, _ in student.named_children() if name.endswith("activation_holder_quantizer")]
+    setattr(student, names[-1], nn.Identity())

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+from collections import OrderedDict
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from test_speed import BENCHMARKS, NETS
-from torch import Tensor
+from torch import Tensor, nn
 
 from zsq.models import load_model
 
@@ -59,7 +60,9 @@ def test_tables() -> None:
     assert "`the command`" in text and "toolkit 1.2.3" in text and "3 rounds" in text
     assert "| toolkit | 2.000 | 4.00 | 2.00 |" in text
     assert "| 100 | toolkit | 2.500 | 0.50 | 9 |" in text
-    assert "| toolkit | 100 | zsq | 61.00 ± 1.00 | 0, 1, 2 | 7 |" in text
+    assert "| toolkit | 100 | zsq | 61.00 ± 1.00 |  | 0, 1, 2 | 7 |" in text
+    rows[-1]["top1_quantized_output"] = 50.0
+    assert "| 61.00 ± 1.00 | 50.00 | 0, 1, 2 |" in toolkit.accuracy_table(rows[4:])
     assert "## Accuracy" not in toolkit.report(rows[:4], options, "the command", "1.2.3")
 
 
@@ -95,6 +98,15 @@ def test_our_side(tmp_path: Path) -> None:
     for _ in bar:
         bar.set_description("")
     assert len(bar.ends) == 3 and bar.ends == sorted(bar.ends)
+
+
+def test_free_output() -> None:
+    from toolkit_programs import free_output
+
+    names = ("a_activation_holder_quantizer", "linear", "linear_activation_holder_quantizer")
+    student = nn.Sequential(OrderedDict((name, nn.ReLU()) for name in names))
+    free_output(student)
+    assert [type(module) for module in student] == [nn.ReLU, nn.ReLU, nn.Identity]
 
 
 def test_says_how_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
