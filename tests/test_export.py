@@ -351,7 +351,7 @@ def test_session_options_are_found_and_written(tmp_path: Path, monkeypatch: pyte
     import zsq.export.onnx as module
 
     builder = module.Builder
-    monkeypatch.setattr(module, "Builder", lambda *, exact: builder(exact=False))
+    monkeypatch.setattr(module, "Builder", lambda *, exact, integer_biases: builder(exact=False))
     run = two_layers("W4A4", scale=4.0)
     only_quantizer(run).set_range(torch.tensor(0.5), torch.tensor(2.0))
     export = exported(run, tmp_path)
