@@ -427,7 +427,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     assert "lies below" in message(lambda: export_onnx(run, tmp_path / "file" / "student.onnx"))
     (tmp_path / "folder.onnx").mkdir()
     assert "exists already" in message(lambda: export_onnx(run, tmp_path / "folder.onnx", force=True))
-    import zsq.export.onnx as module
+    import zsq.export.account as module
 
     write = module.write_atomic
 

@@ -115,8 +115,7 @@ def is_complete(row: Mapping[str, Any], plan: Plan) -> bool:
 
 def measure(model: nn.Module, plan: Plan, device: str) -> dict[str, Any]:
     """Accuracy on the network's labelled images: "top1", "top5" and "num_images"."""
-    model = model if device == "cpu" else moved(model, device)
-    return accuracy(model, plan.dataset.batches(CHUNK), device=device).to_json()
+    return accuracy(moved(model, device), plan.dataset.batches(CHUNK), device=device).to_json()
 
 
 def _given_images(plan: Plan) -> tuple[Tensor, Tensor | None]:

@@ -5,10 +5,10 @@ Nothing in a run depends on these figures, and none of them is an accuracy.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from zsq.errors import UsageError
 from zsq.generalisation import Generalisation, generalisation
@@ -79,7 +79,7 @@ def diagnose(
     target = torch.device(device)
     with reproducible(target):
         original, _ = rewritten(captured(teacher, target), _rewriting(run.record["recipe"]))
-        student = run.student if target.type == "cpu" else cast(fx.GraphModule, moved(run.student, target))
+        student = moved(run.student, target)
         units = split(original.graph)
         own, others = run.images.to(target), images.to(target)
         size = {"relative_radius": relative_radius, "power_steps": power_steps}

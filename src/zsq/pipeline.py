@@ -7,7 +7,7 @@ from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -291,8 +291,7 @@ def _device(device: torch.device | str) -> torch.device:
 
 def captured(teacher: Teacher, device: torch.device) -> fx.GraphModule:
     """The teacher's graph on a device."""
-    graph = capture(teacher.module, teacher.spec.input_size)
-    return graph if device.type == "cpu" else cast(fx.GraphModule, moved(graph, device))
+    return moved(capture(teacher.module, teacher.spec.input_size), device)
 
 
 def _check_graph(graph: fx.GraphModule, settings: Recipe, teacher: Teacher) -> None:
@@ -351,7 +350,6 @@ def _run_stages(
         own = given is not None and given.labels is not None
         account.add(image_findings(graph, images, made.labels, noise=noise, labelled=own))
         learning = None if settings.scheme.is_eight_bit else settings.reconstruction
-        replaced = settings.reconstruction if settings.scheme.is_eight_bit else None
         storage = _storage(original, units, len(images), bound, scratch)
         names = [unit.name for unit in units]
         resumed = {name for index, name in enumerate(names) if unit_name(index) in state}
@@ -369,7 +367,8 @@ def _run_stages(
             group=account.group,
             storage=storage,
         )
-        if replaced is not None and replaced.at_8_bits == "correct_biases":
+        instead = settings.reconstruction if learning is None else None
+        if instead is not None and instead.at_8_bits == "correct_biases":
             correct_means(original, student, units, images, finished=state, storage=storage)
     tuned, images, labels = fine_tuned(
         networks, images, made.labels, settings, teacher.spec, seed, state, account
@@ -388,8 +387,7 @@ def _run_stages(
     with account.timed("inspect"):
         inspection = inspect(graph, original, student, quantizers, nearest, images)
         account.add(student_findings(original, student, quantizers, inspection["activations"]))
-    if device.type != "cpu":
-        student = cast(fx.GraphModule, moved(student, "cpu"))
+    student = moved(student, "cpu")
     sizes = stored_bytes(student)
     record = {
         "measured": {},

@@ -14,7 +14,6 @@ from zsq.errors import JobError, UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from zsq.export.executorch import Lowered
     from zsq.export.latency import Latency
     from zsq.export.onnx import Export
     from zsq.export.openvino_ir import Representation
@@ -79,13 +78,15 @@ def export(
             from zsq.export.pt2 import export_pt2
 
             program = export_pt2(run, file, force=force)
-        _show(program.to_json(), _program_summary(program), as_json)
+        _show(program.to_json(), _program_summary(program, "The program against the student"), as_json)
     elif to == "executorch":
         with only_result_on_stdout():
             from zsq.export.executorch import export_executorch
 
-            lowered = export_executorch(run, file, force=force)
-        _show(lowered.to_json(), _lowered_summary(lowered), as_json)
+            program = export_executorch(run, file, force=force)
+        ending = f"To measure accuracy on labelled images: {evaluate_line(program.path, None)}"
+        summary = _program_summary(program, f"{program.engine} against PyTorch", ending)
+        _show(program.to_json(), summary, as_json)
     else:
         with only_result_on_stdout():
             from zsq.export.onnx import export_onnx
@@ -180,24 +181,14 @@ def _representation_summary(representation: "Representation") -> "list[Table | s
     ]
 
 
-def _program_summary(program: "Program") -> "list[Table | str]":
+def _program_summary(program: "Program", compared: str, *ending: str) -> "list[Table | str]":
     return [
         "",
         f"{program.path} ({bytes_text(program.size)})",
-        f"The program against the student on {program.num_images} synthetic images (not an accuracy):",
+        f"{compared} on {program.num_images} synthetic images (not an accuracy):",
         _outputs(program.outputs),
         *(f"Note: {note}." for note in program.notes),
-    ]
-
-
-def _lowered_summary(lowered: "Lowered") -> "list[Table | str]":
-    return [
-        "",
-        f"{lowered.path} ({bytes_text(lowered.size)})",
-        f"{lowered.engine} against PyTorch on {lowered.num_images} synthetic images (not an accuracy):",
-        _outputs(lowered.outputs),
-        *(f"Note: {note}." for note in lowered.notes),
-        f"To measure accuracy on labelled images: {evaluate_line(lowered.path, None)}",
+        *ending,
     ]
 
 

@@ -394,8 +394,6 @@ def _measure(
     limit: int | None = None,
 ) -> dict[str, Any]:
     """{"student": {"top1": ..., "top5": ..., "num_images": ...}} for every network by name."""
-    from torch import fx
-
     from zsq.evaluate import accuracy
     from zsq.graph.capture import moved
     from zsq.progress import Progress
@@ -408,7 +406,7 @@ def _measure(
         def report(done: int) -> None:  # the other processes are about as far with theirs
             progress(Progress("evaluate", name, min(done * group.size, count), count))
 
-        on = moved(network, device) if isinstance(network, fx.GraphModule) else network.to(device)
+        on = moved(network, device)
         return accuracy(on, batches, device=device, progress=report, group=group).to_json()
 
     with reported_progress(plain=plain) as progress:

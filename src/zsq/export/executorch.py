@@ -1,8 +1,6 @@
 """A run as an ExecuTorch program, lowered to XNNPACK: what phones and boards run."""
 
-import json
 import warnings
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,58 +9,25 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from zsq.errors import JobError, UsageError, import_extra
-from zsq.export.engine import EngineFile
-from zsq.export.integer import quantize_for_fusion, reads_codes, share_quantizers
+from zsq.export.account import account_of, read_account, spec_in, write_with_account
+from zsq.export.engine import EngineFile, check_input
+from zsq.export.integer import reads_codes
 from zsq.export.onnx import metadata_of
-from zsq.export.prepare import prepared
-from zsq.export.pt2 import BYTES, exported_program, with_operators
-from zsq.export.verify import NUM_IMAGES, OutputDifference, Reference, differences
+from zsq.export.pt2 import (
+    BYTES,
+    Program,
+    agreeing,
+    exported_program,
+    prepared_for_operators,
+    with_operators,
+)
 from zsq.graph.capture import LAYERS, quiet
 from zsq.quant.engine_placement import FUSED
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
-from zsq.run import Run, check_free, load_run, spec_from_json, write_atomic
+from zsq.run import Run, check_free, load_run
 
 EXTRA = "executorch"
 ACTIVATION_BITS = 8  # XNNPACK does not clip codes to fewer: at W4A4 the logits were 5 % off
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """A written ExecuTorch program.
-
-    Attributes:
-        path: of the file.
-        settings: of the file that tells how it compared (`path` with .json after it).
-        size: its bytes.
-        engine: and its version.
-        num_images: synthetic images on which it was compared with the student, one at a time.
-        outputs: how.
-        outside: operators that XNNPACK did not take; ExecuTorch's own kernels compute them.
-        notes: what has to be known, in sentences.
-    """
-
-    path: Path
-    settings: Path
-    size: int
-    engine: str
-    num_images: int
-    outputs: tuple[OutputDifference, ...]
-    outside: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """What the settings file holds."""
-        return {
-            "file": self.path.name,
-            "bytes": self.size,
-            "engine": self.engine,
-            "verified_on_synthetic_images": {
-                "num_images": self.num_images,
-                "outputs": [asdict(d) for d in self.outputs],
-            },
-            "outside_xnnpack": list(self.outside),
-            "notes": list(self.notes),
-        }
 
 
 class ExecuTorchModel(nn.Module):
@@ -97,7 +62,7 @@ class ExecuTorchModel(nn.Module):
         return found[0] if len(found) == 1 else tuple(found)
 
 
-def export_executorch(run: Run | str | Path, path: str | Path, *, force: bool = False) -> Lowered:
+def export_executorch(run: Run | str | Path, path: str | Path, *, force: bool = False) -> Program:
     """Write a run as an ExecuTorch program (.pte), after its runtime has computed the same as PyTorch.
 
     XNNPACK computes a layer in integers if what it reads and what it returns are codes of 8 bits, so that
@@ -118,15 +83,11 @@ def export_executorch(run: Run | str | Path, path: str | Path, *, force: bool = 
     """
     _imported("executorch.runtime")
     file = Path(path)
-    settings = file.with_name(f"{file.name}.json")
+    settings = account_of(file)
     check_free([file, settings], force=force)
     loaded = run if isinstance(run, Run) else load_run(run)
     _check_run(loaded)
-    student, notes = prepared(loaded.student, loaded.images, BYTES)
-    reference = Reference(student, loaded.images[:NUM_IMAGES])
-    lowered, _ = prepared(loaded.student, loaded.images, BYTES)
-    quantize_for_fusion(lowered)
-    share_quantizers(lowered)
+    reference, lowered, notes = prepared_for_operators(loaded)
     in_float = _free_unrounded_layers(lowered)
     if in_float:
         notes.append(
@@ -137,18 +98,13 @@ def export_executorch(run: Run | str | Path, path: str | Path, *, force: bool = 
     if outside:
         notes.append(f"computed by ExecuTorch's own kernels and not by XNNPACK: {', '.join(outside)}")
     notes.append("it takes one image a call")
-    found = _compared(content, reference)
-    engine = f"executorch {_version()}"
-    result = Lowered(
-        file, settings, len(content), engine, len(reference.images), found, outside, tuple(notes)
-    )
+    with torch.no_grad():
+        outputs = pytree.tree_leaves(ExecuTorchModel(content)(reference.images))
+    found = agreeing("The ExecuTorch program", outputs, reference, fault="ExecuTorch or of zsq")
+    count, engine = len(reference.images), f"executorch {_version()}"
+    result = Program(file, settings, len(content), engine, count, found, tuple(notes), outside)
     about = metadata_of(loaded, BYTES, "int8") | {"zsq.target": "executorch"}
-    write_atomic(file, content)
-    try:
-        write_atomic(settings, (json.dumps({**about, **result.to_json()}, indent=2) + "\n").encode())
-    except JobError:
-        file.unlink(missing_ok=True)
-        raise
+    write_with_account(file, content, {**about, **result.to_json()})
     return result
 
 
@@ -159,27 +115,15 @@ def open_executorch(path: str | Path) -> EngineFile:
         UsageError: it cannot be read, ExecuTorch does not load it, or zsq did not write it.
     """
     file = Path(path)
-    settings = file.with_name(f"{file.name}.json")
     _imported("executorch.runtime")
-    try:
-        about = json.loads(settings.read_text(encoding="utf-8"))
-        spec = spec_from_json(json.loads(about["zsq.preprocessing"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(
-            f"{settings}, which says how the images of {file.name} are prepared, cannot be read ({error}). "
-            "Export the run with zsq export RUN --to executorch."
-        ) from error
+    about, spec = read_account(file, "executorch", spec_in)
     try:
         model = ExecuTorchModel(file.read_bytes())
     except OSError as error:
         raise UsageError(f"The file {file} cannot be read: {error.strerror}.") from error
     except JobError as error:
         raise UsageError(f"{file} does not run here: {error} Export the run again.") from error
-    if model.input_shape[1:] != spec.input_size:
-        raise UsageError(
-            f"{file} takes images of shape {model.input_shape[1:]}, and its account says {spec.input_size}: "
-            "it was changed since zsq wrote it. Export the run again."
-        )
+    check_input(file, model.input_shape, spec)
     return EngineFile(model, spec, about)
 
 
@@ -271,21 +215,6 @@ def _dequantize_for_each(module: fx.GraphModule) -> None:
                 own = module.graph.call_function(target, node.args)
             reader.replace_input_with(node, own)
     module.recompile()
-
-
-@torch.no_grad()
-def _compared(content: bytes, reference: Reference) -> tuple[OutputDifference, ...]:
-    outputs = pytree.tree_leaves(ExecuTorchModel(content)(reference.images))
-    names = [f"output_{i}" for i in range(len(reference.outputs))]
-    found = differences(names, outputs, reference)
-    wrong = [d for d in found if not d.agrees]
-    if wrong:
-        raise JobError(
-            "The ExecuTorch program does not compute what the student computes (output "
-            f"{wrong[0].name}: relative error {wrong[0].relative_error:.2g}), so it was not written. Use "
-            "--to onnx, and report the model: this is a fault of ExecuTorch or of zsq."
-        )
-    return tuple(found)
 
 
 def _imported(name: str) -> Any:

@@ -11,6 +11,7 @@ from torch import fx
 
 from zsq._version import __version__
 from zsq.errors import JobError, UsageError, import_extra
+from zsq.export.account import account_of, write_with_account
 from zsq.export.builder import EXTRA, Builder
 from zsq.export.codes import stored_activation, stored_weight
 from zsq.export.integer import quantize_for_fusion, reads_codes
@@ -24,7 +25,7 @@ from zsq.graph.capture import aten
 from zsq.graph.fold import BATCH_NORM
 from zsq.graph.tensors import get_tensor
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
-from zsq.run import Run, check_free, load_run, write_atomic
+from zsq.run import Run, check_free, load_run
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -91,7 +92,7 @@ def export_onnx(
     widths = container_widths(engine, container)
     require_packages()
     file = Path(path)
-    settings = file.with_name(f"{file.name}.json")
+    settings = account_of(file)
     check_free([file, settings], force=force)
     loaded = run if isinstance(run, Run) else load_run(run)
     about = metadata_of(loaded, engine, container)
@@ -103,12 +104,7 @@ def export_onnx(
         except UsageError:  # it is not installed
             notes.append("OpenVINO is not installed here: the file was checked in ONNX Runtime only")
     export = Export(file, settings, len(found.content), found.verification, tuple(notes), in_target)
-    write_atomic(file, found.content)
-    try:
-        write_atomic(settings, (json.dumps({**about, **export.to_json()}, indent=2) + "\n").encode())
-    except JobError:
-        file.unlink(missing_ok=True)
-        raise
+    write_with_account(file, found.content, {**about, **export.to_json()})
     return export
 
 

@@ -1,17 +1,17 @@
 """A run as OpenVINO's own form, the IR: an .xml with a .bin beside it."""
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zsq.errors import JobError, UsageError, import_extra
+from zsq.export.account import account_of, read_account, spec_in, to_bytes
 from zsq.export.engine import EngineFile, check_input
 from zsq.export.onnx import checked, metadata_of, require_packages
 from zsq.export.openvino import EXTRA, OpenVinoCheck, OpenVinoModel, check_in_openvino
 from zsq.export.targets import TARGETS, container_widths
-from zsq.run import Run, check_free, load_run, spec_from_json, write_atomic
+from zsq.run import Run, check_free, load_run, write_atomic
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def export_openvino(
     file = Path(path)
     if file.suffix != ".xml":
         raise UsageError(f"The file of an OpenVINO IR ends in .xml, got {file}.")
-    files = file, file.with_suffix(".bin"), file.with_name(f"{file.name}.json")
+    files = file, file.with_suffix(".bin"), account_of(file)
     check_free(files, force=force)
     loaded = run if isinstance(run, Run) else load_run(run)
     about = metadata_of(loaded, target, container)
@@ -79,7 +79,7 @@ def export_openvino(
         check = check_in_openvino(whole, found.reference)
         written = [whole.read_bytes(), whole.with_suffix(".bin").read_bytes()]
     result = Representation(*files, sum(map(len, written)), check, (*found.notes, *target.notes))
-    settings = (json.dumps({**about, **result.to_json()}, indent=2) + "\n").encode()
+    settings = to_bytes({**about, **result.to_json()})
     # The .xml last: without it there is no model.
     for name, part in zip((files[1], files[2], files[0]), (written[1], settings, written[0]), strict=True):
         write_atomic(name, part)
@@ -93,15 +93,9 @@ def open_representation(path: str | Path) -> EngineFile:
         UsageError: it cannot be read, OpenVINO does not load it, or zsq did not write it.
     """
     file = Path(path)
-    settings = file.with_name(f"{file.name}.json")
-    try:
-        about = json.loads(settings.read_text(encoding="utf-8"))
-        spec, properties = spec_from_json(json.loads(about["zsq.preprocessing"])), dict(about["properties"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(
-            f"{settings}, which says how the images of {file.name} are prepared, cannot be read ({error}). "
-            "Export the run with zsq export RUN --to openvino."
-        ) from error
+    about, (spec, properties) = read_account(
+        file, "openvino", lambda account: (spec_in(account), dict(account["properties"]))
+    )
     if not file.is_file():
         raise UsageError(f"There is no file {file}.")
     try:

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from zsq.errors import JobError
+from zsq.export.account import account_of, write_with_account
 from zsq.export.codes import stored_activation, stored_weight
 from zsq.export.integer import quantize_for_fusion, share_quantizers
 from zsq.export.onnx import metadata_of
@@ -19,7 +21,7 @@ from zsq.export.targets import Target
 from zsq.export.verify import NUM_IMAGES, OutputDifference, Reference, differences, run_in_chunks
 from zsq.graph.capture import quiet
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
-from zsq.run import Run, check_free, load_run, write_atomic
+from zsq.run import Run, check_free, load_run
 
 # It registers quantized_decomposed, the operators that ExecuTorch and inductor know quantizers by.
 OPERATORS = "torch.ao.quantization.fx._decomposed"
@@ -35,28 +37,34 @@ class Program:
         path: of the file.
         settings: of the file that tells how it compared (`path` with .json after it).
         size: its bytes.
+        engine: that it was compared in, and its version.
         num_images: synthetic images on which it was compared with the student.
         outputs: how.
         notes: what has to be known, in sentences.
+        outside: of an ExecuTorch program, operators that XNNPACK did not take; ExecuTorch's own kernels
+            compute them.
     """
 
     path: Path
     settings: Path
     size: int
+    engine: str
     num_images: int
     outputs: tuple[OutputDifference, ...]
     notes: tuple[str, ...]
+    outside: tuple[str, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As a dictionary."""
         return {
             "file": self.path.name,
             "bytes": self.size,
-            "engine": f"torch {torch.__version__}",
+            "engine": self.engine,
             "verified_on_synthetic_images": {
                 "num_images": self.num_images,
                 "outputs": [asdict(d) for d in self.outputs],
             },
+            **({} if self.outside is None else {"outside_xnnpack": list(self.outside)}),
             "notes": list(self.notes),
         }
 
@@ -82,38 +90,57 @@ def export_pt2(run: Run | str | Path, path: str | Path, *, force: bool = False) 
         JobError: the program does not compute what the student computes, or cannot be written.
     """
     file = Path(path)
-    settings = file.with_name(f"{file.name}.json")
+    settings = account_of(file)
     check_free([file, settings], force=force)
     loaded = run if isinstance(run, Run) else load_run(run)
-    student, notes = prepared(loaded.student, loaded.images, BYTES)
-    reference = Reference(student, loaded.images[:NUM_IMAGES])
-    lowered, _ = prepared(loaded.student, loaded.images, BYTES)
-    quantize_for_fusion(lowered)
-    share_quantizers(lowered)
+    reference, lowered, notes = prepared_for_operators(loaded)
     program = exported_program(with_operators(lowered), tuple(loaded.images.shape[1:]))
     buffer = io.BytesIO()
     about = metadata_of(loaded, BYTES, "int8")
     torch.export.save(program, buffer, extra_files={"zsq.json": json.dumps(about)})
     content = buffer.getvalue()
     again = torch.export.load(io.BytesIO(content)).module()
-    names = [f"output_{i}" for i in range(len(reference.outputs))]
-    found = differences(names, run_in_chunks(again, reference.images), reference)
+    found = agreeing("The program", run_in_chunks(again, reference.images), reference, fault="zsq")
+    notes.append(f"to load it: import {OPERATORS}, then torch.export.load")
+    engine = f"torch {torch.__version__}"
+    result = Program(file, settings, len(content), engine, len(reference.images), found, tuple(notes))
+    write_with_account(file, content, {**about, **result.to_json()})
+    return result
+
+
+def prepared_for_operators(run: Run) -> tuple[Reference, fx.GraphModule, list[str]]:
+    """What a run's program is compared with, the student that it is made of, and what was changed.
+
+    The student has quantizers where integers want them, each called once a tensor; `with_operators` is next.
+
+    Raises:
+        UsageError: a damaged run.
+    """
+    student, notes = prepared(run.student, run.images, BYTES)
+    reference = Reference(student, run.images[:NUM_IMAGES])
+    lowered, _ = prepared(run.student, run.images, BYTES)
+    quantize_for_fusion(lowered)
+    share_quantizers(lowered)
+    return reference, lowered, notes
+
+
+def agreeing(
+    what: str, outputs: Sequence[Tensor], reference: Reference, *, fault: str
+) -> tuple[OutputDifference, ...]:
+    """How a program's outputs compare with the student's.
+
+    Raises:
+        JobError: an output is another; the text calls the program `what` and says whose `fault` it is.
+    """
+    found = differences([f"output_{i}" for i in range(len(reference.outputs))], outputs, reference)
     wrong = [d for d in found if not d.agrees]
     if wrong:
         raise JobError(
-            f"The program does not compute what the student computes (output {wrong[0].name}: relative error "
+            f"{what} does not compute what the student computes (output {wrong[0].name}: relative error "
             f"{wrong[0].relative_error:.2g}), so it was not written. Use --to onnx, and report the model: "
-            "this is a fault of zsq."
+            f"this is a fault of {fault}."
         )
-    notes.append(f"to load it: import {OPERATORS}, then torch.export.load")
-    result = Program(file, settings, len(content), len(reference.images), tuple(found), tuple(notes))
-    write_atomic(file, content)
-    try:
-        write_atomic(settings, (json.dumps({**about, **result.to_json()}, indent=2) + "\n").encode())
-    except JobError:
-        file.unlink(missing_ok=True)
-        raise
-    return result
+    return tuple(found)
 
 
 def exported_program(

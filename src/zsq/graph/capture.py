@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +19,7 @@ from zsq.graph.attention import write_out_attention
 from zsq.graph.tensors import device_of, get_tensor, make_submodule
 
 aten = torch.ops.aten
+M = TypeVar("M", bound=nn.Module)
 # Operations that return their first argument itself on a model in eval mode.
 IDENTITIES: frozenset[Any] = frozenset(
     {
@@ -90,15 +91,19 @@ def capture(module: nn.Module, input_size: tuple[int, int, int]) -> fx.GraphModu
     return graph_module
 
 
-def moved(module: nn.Module, device: torch.device | str) -> nn.Module:
+def moved(module: M, device: torch.device | str) -> M:
     """A copy on a device; of a captured graph, what it creates in its course is created there too.
+
+    A module all of whose tensors are there, or that has none (a file in an engine), is returned itself.
 
     Networks are captured on the CPU and moved afterwards: so a graph is the same for every device. (On CUDA
     torch.export would hold fast which kernel of BatchNorm it chose, and with it a largest number of images.)
     """
-    found = copy.deepcopy(module).to(device)
+    target = torch.device(device)
+    if all(tensor.device == target for tensor in (*module.parameters(), *module.buffers())):
+        return module
+    found = copy.deepcopy(module).to(target)
     if isinstance(found, fx.GraphModule):
-        target = torch.device(device)
 
         def there(argument: Any) -> Any:
             return target if isinstance(argument, torch.device) else argument

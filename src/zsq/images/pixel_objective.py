@@ -13,7 +13,7 @@ from zsq.images.look_settings import PatchSimilarity
 from zsq.images.looks import disagreement, mean_square, patch_cosines, similarity_entropy, variation
 from zsq.images.losses import InputStatistics
 from zsq.images.pixel_settings import PixelSynthesis, StatisticsMatch
-from zsq.images.prior import InputPrior
+from zsq.images.prior import InputPrior, constant
 from zsq.images.statistics import StatisticsDistance, slack_of, with_targets
 from zsq.images.texture import natural_energies, texture_distance, texture_energies, texture_gains
 
@@ -53,7 +53,7 @@ def pixel_objective(
         patches=settings.patches is not None,
     )
     reduced = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
-    centre, scale = (torch.tensor(v, device=device).view(-1, 1, 1) for v in prior.of(shape[1]))
+    centre, scale = (constant(v, device).view(-1, 1, 1) for v in prior.of(shape[1]))
     parts: list[Part] = []
     if classes is not None:
         assert labels is not None

@@ -13,6 +13,8 @@ from zsq.graph.normal import Moments
 from zsq.graph.tensors import get_tensor
 from zsq.quant.attach import Quantizers
 
+Changes = dict[str, Tensor]  # by layer: what is added to its bias, (C,)
+
 
 @torch.no_grad()
 def correct_biases(
@@ -35,17 +37,15 @@ def correct_biases(
 
     Source: DFQ (arXiv:1906.04721), section 4.2, equations 16 and 17.
     """
-    own = {node.name: node for node in student.graph.nodes}
+    changes: Changes = {}
     for node in correctable(teacher.graph):
         weight, source = weight_node(node), node.args[0]
         assert weight is not None and isinstance(source, fx.Node)
         rounded = student.get_submodule(quantizers.weights[node.name])()
         error = rounded - get_tensor(teacher, str(weight.target))
         mean = needed(found, source.name).mean
-        shift_bias(student, own[node.name], -(channel_sums(error, node, len(mean)) @ mean))
-    student.graph.eliminate_dead_code()
-    student.graph.lint()
-    student.recompile()
+        changes[node.name] = -(channel_sums(error, node, len(mean)) @ mean)
+    apply_changes(student, changes)
 
 
 def correctable(graph: fx.Graph) -> list[fx.Node]:
@@ -53,11 +53,17 @@ def correctable(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if weight_node(node) is not None and LAYERS[node.target] == 0]
 
 
-def shift_bias(student: fx.GraphModule, layer: fx.Node, change: Tensor) -> None:
-    """Add to the bias of a layer (a node of the student), (C,); one without a bias gets it.
+def apply_changes(student: fx.GraphModule, changes: Changes) -> None:
+    """Add to the biases of layers, by the layers' names; a layer without one gets it."""
+    own = {node.name: node for node in student.graph.nodes}
+    for name, change in changes.items():
+        _shift_bias(student, own[name], change)
+    student.graph.eliminate_dead_code()
+    student.graph.lint()
+    student.recompile()
 
-    The graph is left to be cleaned and recompiled.
-    """
+
+def _shift_bias(student: fx.GraphModule, layer: fx.Node, change: Tensor) -> None:
     bias = layer.args[2] if len(layer.args) > 2 else None
     value = change
     if isinstance(bias, fx.Node):

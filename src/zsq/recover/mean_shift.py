@@ -9,12 +9,11 @@ from zsq.graph.blocks import Unit, extract, last_readers
 from zsq.graph.capture import aten
 from zsq.graph.tensors import device_of
 from zsq.out_of_memory import in_chunks
-from zsq.recover.correct_bias import correctable, shift_bias
+from zsq.recover.correct_bias import Changes, apply_changes, correctable
 from zsq.recover.reconstruct import CHUNK, Finished, forward_in_chunks
 from zsq.recover.storage import MEMORY, Storage
 
 PIECE = "biases"  # under which what was added to all biases is kept
-Changes = dict[str, Tensor]  # by layer: what is added to its bias, (C,)
 
 
 @torch.no_grad()
@@ -97,16 +96,6 @@ def correct_unit(
         changes[name] = torch.cat([piece for _, piece in pieces]).mean(0)
         apply_changes(student, {name: changes[name]})
     return changes
-
-
-def apply_changes(student: fx.GraphModule, changes: Changes) -> None:
-    """Add to the biases of layers, by the layers' names; a layer without one gets it."""
-    own = {node.name: node for node in student.graph.nodes}
-    for name, change in changes.items():
-        shift_bias(student, own[name], change)
-    student.graph.eliminate_dead_code()
-    student.graph.lint()
-    student.recompile()
 
 
 def _by_image(difference: Tensor, count: int, axis: int) -> Tensor:
