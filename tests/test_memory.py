@@ -24,8 +24,8 @@ from zsq.images.synthesize import synthesize
 from zsq.memory import cache_bytes, estimate, read_bytes
 from zsq.out_of_memory import in_chunks
 from zsq.pipeline import quantize
-from zsq.recover.reconstruct import forward_in_chunks, take
 from zsq.recover.storage import MEMORY, Storage
+from zsq.recover.unit_tensors import forward_in_chunks, take
 from zsq.student import student_to_bytes
 
 
@@ -232,7 +232,7 @@ def test_synthesis_and_reconstruction_say_what_to_lower(monkeypatch: pytest.Monk
         with pytest.raises(JobError, match=r"2.00 GiB\). Lower synthesis.batch_size \(now 128\)"):
             synthesize(graph, Synthesis(), (3, 8, 8), seed=0, finished={}, log=lambda *event: None)
     with monkeypatch.context() as patch:
-        patch.setattr("zsq.recover.reconstruct.take", out_of_memory)
+        patch.setattr("zsq.recover.learn_unit.take", out_of_memory)
         with pytest.raises(JobError, match=r"reconstruction.batch_size \(now 8\)"):
             zsq.quantize(model, overrides=TINY)
     with monkeypatch.context() as patch:

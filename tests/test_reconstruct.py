@@ -17,6 +17,7 @@ from quantization_networks import (
 )
 from torch import Tensor, fx, nn
 
+import zsq.recover.learn_unit as learn_unit_module
 import zsq.recover.reconstruct as reconstruct_module
 from zsq.graph.blocks import Unit, extract
 from zsq.quant.attach import Quantizers
@@ -25,8 +26,10 @@ from zsq.quant.dropping import Rows, mix
 from zsq.quant.quantizers import ActivationQuantizer, LearnedRounding, WeightQuantizer, quantize_weight
 from zsq.quant.rounding import rectified_sigmoid
 from zsq.recipe import Calibration, Reconstruction
+from zsq.recover.learn_unit import UnitData, beta_at, minibatches
 from zsq.recover.losses import output_distance
-from zsq.recover.reconstruct import UnitResult, beta_at, forward_in_chunks, minibatches, reconstruct
+from zsq.recover.reconstruct import UnitResult, reconstruct
+from zsq.recover.unit_tensors import forward_in_chunks
 from zsq.student import student_to_bytes
 
 FAST = Reconstruction(
@@ -241,23 +244,24 @@ def test_inputs_and_targets_of_every_unit(monkeypatch: pytest.MonkeyPatch) -> No
     parts = attached(Summing, "W3A3", ends="same")
     teacher, student, _, units = parts
     x = images(70).contiguous(memory_format=torch.channels_last)  # two chunks, as units compute
-    seen: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
-    original = reconstruct_module._reconstruct_unit
+    seen: list[UnitData] = []
+    original = learn_unit_module.learn_unit
 
     def record(*args: Any, **options: Any) -> None:
-        seen.append(args[4])
+        seen.append(args[2])
         original(*args, **options)
 
-    monkeypatch.setattr(reconstruct_module, "_reconstruct_unit", record)
+    monkeypatch.setattr(reconstruct_module, "learn_unit", record)
     run(parts, x=x, settings=replace(FAST, steps=2))
     assert len(seen) == len(units) and any(len(unit.inputs) > 1 for unit in units)
-    assert torch.equal(seen[0][0][0], x) and torch.equal(seen[0][1][0], x)  # the first sees the images
+    first = seen[0]  # sees the images
+    assert torch.equal(first.teacher_inputs[0], x) and torch.equal(first.student_inputs[0], x)
     with torch.no_grad():
-        for unit, (clean, quantized, targets) in zip(units, seen, strict=True):
+        for unit, data in zip(units, seen, strict=True):
             for got, names, source in (
-                (clean, unit.inputs, teacher),
-                (quantized, unit.inputs, student),
-                (targets, unit.outputs, teacher),
+                (data.teacher_inputs, unit.inputs, teacher),
+                (data.student_inputs, unit.inputs, student),
+                (data.targets, unit.outputs, teacher),
             ):
                 wanted = [x] if names == ("x",) else forward_in_chunks(extract(source, ["x"], names), [x])
                 assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), unit.name
@@ -272,7 +276,7 @@ def test_every_step_sees_distinct_images_and_mixes_the_inputs(monkeypatch: pytes
         calls.append((x, other))
         return original(x, other, prob, rng, rows)
 
-    monkeypatch.setattr(reconstruct_module, "mix", record)
+    monkeypatch.setattr(learn_unit_module, "mix", record)
     x = images(48)
     settings = replace(FAST, steps=6, input_mix_prob=0.25)
     run(attached(Residual, "W4A4"), x=x, settings=settings)

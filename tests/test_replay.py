@@ -13,7 +13,7 @@ from torch import Tensor
 
 import zsq.images.refine as refine_module
 import zsq.images.synthesize as synthesize_module
-import zsq.recover.reconstruct as reconstruct_module
+import zsq.recover.learn_unit as learn_unit_module
 from zsq.images.forward import observe
 from zsq.images.gradients import gradient_probe
 from zsq.images.prior import InputPrior
@@ -102,9 +102,9 @@ def test_tables_of_reconstruction_are_its_steps(monkeypatch: pytest.MonkeyPatch)
     # On a CPU the optimizer has no form that counts its steps on the device.
     adam = torch.optim.Adam
     monkeypatch.setattr(
-        reconstruct_module.torch.optim, "Adam", lambda *a, capturable, **k: adam(*a, **k), raising=True
+        learn_unit_module.torch.optim, "Adam", lambda *a, capturable, **k: adam(*a, **k), raising=True
     )
-    plain, tables = both(monkeypatch, reconstruct_module, run)
+    plain, tables = both(monkeypatch, learn_unit_module, run)
     torch.testing.assert_close(tables, plain, rtol=0.0, atol=0.05)
     assert (tables == plain).float().mean() > 0.5
 

@@ -20,7 +20,7 @@ from zsq.models import Teacher, load_model
 from zsq.pipeline import captured, compose_recipe, quantize
 from zsq.progress import Progress
 from zsq.recipe import GaussianNoise, GivenImages, Recipe
-from zsq.recover.reconstruct import CHUNK
+from zsq.recover.unit_tensors import CHUNK
 
 TRIAL_STEPS = 4  # of each stage; the first one is not timed, as it is slower
 TRIAL_IMAGES = 128  # that units are learned on, where the recipe's images are not made in batches

@@ -16,11 +16,11 @@ from zsq.images.generator_training import GeneratorTraining, generator_advice
 from zsq.out_of_memory import in_chunks, no_room
 from zsq.quant.attach import Quantizers
 from zsq.recover.network_outputs import Observed, looked_at
-from zsq.recover.reconstruct import CHUNK, take
 from zsq.recover.settings import FineTuning
 from zsq.recover.trainee import load_trainee, put_up, trainee_state
 from zsq.recover.tuning_step import Step, Views
 from zsq.recover.turns import Minibatch, of_generator, of_images
+from zsq.recover.unit_tensors import CHUNK, take
 from zsq.rng import rng_for
 
 PIECE = "fine-tuning"  # under which the state after the last finished epoch is kept

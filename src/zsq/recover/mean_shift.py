@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from zsq.graph.blocks import Unit, extract, last_readers
+from zsq.graph.blocks import Unit, extract
 from zsq.graph.capture import aten
 from zsq.graph.tensors import device_of
 from zsq.out_of_memory import in_chunks
 from zsq.recover.correct_bias import Changes, apply_changes, correctable
-from zsq.recover.reconstruct import CHUNK, Finished, forward_in_chunks
+from zsq.recover.reconstruct import Finished
 from zsq.recover.storage import MEMORY, Storage
+from zsq.recover.unit_tensors import CHUNK, Between, forward_in_chunks
 
 PIECE = "biases"  # under which what was added to all biases is kept
 
@@ -39,17 +40,13 @@ def correct_means(
     if PIECE in finished:
         apply_changes(student, finished[PIECE])
         return
-    last, changes = last_readers(units), Changes()
-    image = next(node.name for node in teacher.graph.nodes if node.op == "placeholder")
-    caches: list[dict[str, Tensor]] = [{image: images}, {image: images}]
+    changes = Changes()
+    clean, quantized = Between(teacher.graph, units, images), Between(student.graph, units, images)
     for index, unit in enumerate(units):
-        inputs = [[cache[name] for name in unit.inputs] for cache in caches]
-        changes |= correct_unit(teacher, student, unit, *inputs)
-        for cache, given, network in zip(caches, inputs, (teacher, student), strict=True):
+        changes |= correct_unit(teacher, student, unit, clean.inputs(index), quantized.inputs(index))
+        for given, network in ((clean, teacher), (quantized, student)):
             part = extract(network, unit.inputs, unit.outputs)
-            cache.update(zip(unit.outputs, forward_in_chunks(part, given, storage), strict=True))
-            for name in [n for n in cache if last.get(n, -1) <= index]:
-                del cache[name]
+            given.put(index, forward_in_chunks(part, given.inputs(index), storage))
     finished[PIECE] = changes
 
 

@@ -9,9 +9,9 @@ from zsq.images.low_pass import low_pass, low_pass_gain
 from zsq.out_of_memory import in_chunks
 from zsq.quant.dropping import Rows
 from zsq.recover.network_outputs import Observed, Outputs, joined, parts_of_loss
-from zsq.recover.reconstruct import CHUNK
 from zsq.recover.settings import FineTuning, Mixup
 from zsq.recover.turns import Minibatch
+from zsq.recover.unit_tensors import CHUNK
 
 
 class Views:

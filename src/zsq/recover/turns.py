@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from zsq.distributed import Group
 from zsq.images.generator_training import GeneratorTraining
+from zsq.recover.learn_unit import minibatches
 from zsq.recover.network_outputs import Observed
-from zsq.recover.reconstruct import minibatches, take
 from zsq.recover.settings import Adaptability
 from zsq.recover.student_losses import adaptability_bounds, relative_agreement
+from zsq.recover.unit_tensors import take
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from zsq.quant.scheme import leads_to_layer
 from zsq.recover.feature_nodes import logits_node, positions
 from zsq.recover.settings import MapAlignment
 from zsq.recover.student_losses import map_distance
-
-CHUNK = 64
+from zsq.recover.unit_tensors import CHUNK
 
 
 class UnitMaps:
