@@ -206,13 +206,16 @@ def straight_through_reference(x: Tensor, scale: Tensor, zero_point: Tensor, qmi
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("zero_point", [0.0, 2.0])
-def test_learned_scale_matches_straight_through_autograd(signed: bool, zero_point: float) -> None:
+@pytest.mark.parametrize("as_number", [False, True])
+def test_learned_scale_matches_straight_through_autograd(
+    signed: bool, zero_point: float, as_number: bool
+) -> None:
     qmin, qmax = integer_limits(3, signed)
     x = torch.randn(6, 5, 4, generator=rng(), dtype=torch.float64).mul_(2).requires_grad_()
     scale = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     zero = torch.tensor(zero_point, dtype=torch.float64)
     grad = torch.randn(6, 5, 4, generator=rng(1), dtype=torch.float64)
-    y = fake_quantize_learned(x, scale, zero, qmin=qmin, qmax=qmax)
+    y = fake_quantize_learned(x, scale, zero_point if as_number else zero, qmin=qmin, qmax=qmax)
     ours = torch.autograd.grad(y, (x, scale), grad)
     reference = torch.autograd.grad(straight_through_reference(x, scale, zero, qmin, qmax), (x, scale), grad)
     assert torch.equal(y, fake_quantize(x.detach(), scale.detach(), zero, qmin=qmin, qmax=qmax))
@@ -243,6 +246,8 @@ def test_learned_forward_has_the_same_bits(bits: int, signed: bool, zero_share: 
     )
     plain = fake_quantize(x, step, zero_point, qmin=qmin, qmax=qmax)
     assert torch.equal(learned.detach().view(torch.int32), plain.view(torch.int32))
+    with_number = fake_quantize_learned(x, step, float(zero_point), qmin=qmin, qmax=qmax)
+    assert torch.equal(with_number, plain)  # but for the sign of a zero
 
 
 def test_learned_scale_frozen_and_differentiated_twice() -> None:

@@ -79,15 +79,16 @@ def reference(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, keep: Ten
 @pytest.mark.parametrize("prob", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("wanted", ["both", "x", "scale"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("as_number", [False, True])
 def test_keeping_elements_against_autograd(
-    zero_point: float, prob: float, wanted: str, layout: torch.memory_format
+    zero_point: float, prob: float, wanted: str, layout: torch.memory_format, as_number: bool
 ) -> None:
     x = torch.randn(3, 4, 6, 5, generator=rng()).mul_(3).to(memory_format=layout)
     x.requires_grad_(wanted != "scale")
     scale = torch.tensor(0.7, requires_grad=wanted != "x")
     zero, grad = torch.tensor(zero_point), torch.randn(3, 4, 6, 5, generator=rng(1))
     keep = random_choice(x, prob, rng(2))
-    y = fake_quantize_learned(x, scale, zero, qmin=0, qmax=7, keep=keep)
+    y = fake_quantize_learned(x, scale, zero_point if as_number else zero, qmin=0, qmax=7, keep=keep)
     expected = reference(x, scale, zero, 7, keep)
     torch.testing.assert_close(y, expected)
     assert torch.equal(y[keep == 1], x[keep == 1])

@@ -160,6 +160,32 @@ def test_what_is_left_is_a_plain_student() -> None:
     assert torch.equal(student(images(5)), student(images(5)))  # nothing drops any more
 
 
+@pytest.mark.parametrize("kind", [Residual, Tokens])
+def test_learning_in_half_precision(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers compute in bfloat16 while a unit is learned; what comes of it is as good, and in float32."""
+    types: set[torch.dtype] = set()
+    snr = {}
+    for precision in ("float32", "bfloat16"):
+        parts = attached(kind, "W3A4")
+        settings = replace(FAST, steps=60, precision=precision)
+        with monkeypatch.context() as patch:
+            if precision == "bfloat16":
+                patch.setattr(
+                    learn_unit_module,
+                    "output_distance",
+                    lambda output, target, **axis: (
+                        types.add(output.dtype),
+                        output_distance(output, target, **axis),
+                    )[1],
+                )
+            snr[precision] = [result.snr for result in run(parts, settings=settings)]
+        assert {value.dtype for value in parts[1].state_dict().values()} <= {torch.float32, torch.uint8}
+        assert parts[1](images(4)).dtype == torch.float32
+    assert torch.bfloat16 in types
+    assert snr["bfloat16"] != snr["float32"]
+    assert snr["bfloat16"] == pytest.approx(snr["float32"], abs=1.0)  # decibels
+
+
 def test_one_seed_gives_one_result() -> None:
     runs = [attached(Residual, "W3A3") for _ in range(3)]
     for parts, seed in zip(runs, (3, 3, 4), strict=True):

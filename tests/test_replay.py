@@ -80,8 +80,11 @@ def test_tables_of_synthesis_are_its_steps(monkeypatch: pytest.MonkeyPatch, prio
         assert step == other and values == pytest.approx(others, rel=1e-2)
 
 
-def test_tables_of_reconstruction_are_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Reconstruction(steps=30, batch_size=16, lr_rounding=0.05, lr_weight_scale=1e-3)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_tables_of_reconstruction_are_its_steps(monkeypatch: pytest.MonkeyPatch, precision: Any) -> None:
+    settings = Reconstruction(
+        steps=30, batch_size=16, lr_rounding=0.05, lr_weight_scale=1e-3, precision=precision
+    )
 
     def run() -> Any:
         teacher, student, quantizers, units = attached(QuantizedResidual, "W2A4")

@@ -146,6 +146,8 @@ class Reconstruction:
         maps: class activation maps at the output of the last unit that has positions, added to its distance.
         at_8_bits: what is done in place of learning where weights have 8 bits and activations 8 or none:
             "correct_biases" by the mean errors of layers on the images, or "nothing".
+        precision: of convolutions and matrix products while a unit is learned, and of what they are given;
+            everything else, and all that is computed before and afterwards, is in float32.
     """
 
     steps: int = 20000
@@ -162,6 +164,9 @@ class Reconstruction:
     maps: MapAlignment | None = None
     at_8_bits: Literal["correct_biases", "nothing"] = field(
         default="correct_biases", metadata={"described": "unless default"}
+    )
+    precision: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"described": "unless default"}
     )
 
     def __post_init__(self) -> None:

@@ -138,7 +138,7 @@ def fake_quantize(
 
 
 def fake_quantize_learned(
-    x: Tensor, scale: Tensor, zero_point: Tensor, *, qmin: int, qmax: int, keep: Tensor | None = None
+    x: Tensor, scale: Tensor, zero_point: Tensor | float, *, qmin: int, qmax: int, keep: Tensor | None = None
 ) -> Tensor:
     """`fake_quantize` per tensor, same bits, with gradients for `x` and `scale` (LSQ).
 
@@ -150,7 +150,7 @@ def fake_quantize_learned(
     Args:
         x: activations, any shape; half precision is computed and returned in float32.
         scale: scalar > 0; the caller keeps it positive during training.
-        zero_point: scalar, integer-valued, gets no gradient.
+        zero_point: scalar, integer-valued, gets no gradient. As a number it spares four passes over `x`.
         qmin, qmax: integer limits.
         keep: shape of `x`, 1.0 where the (finite) value passes as it is (gradient 1 for x, 0 for the scale),
             0.0 where it is quantized. None quantizes all.
@@ -172,13 +172,25 @@ class _LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, keep: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | float,
+        qmin: int,
+        qmax: int,
+        keep: Tensor | None,
     ) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, scale.dtype))
         v = x / scale
-        result = v.round().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point).mul_(scale)
-        v.add_(zero_point)
-        passing = v.clamp(qmin, qmax).eq_(v)  # 1.0 or 0.0: bool tensors are dear on a CPU
+        # `passing` is 1.0 or 0.0: bool tensors are dear on a CPU.
+        if isinstance(zero_point, Tensor):
+            result = v.round().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point).mul_(scale)
+            v.add_(zero_point)
+            passing = v.clamp(qmin, qmax).eq_(v)
+        else:  # the limits are integers, so that it is one whether one clips or rounds first
+            result = v.clamp(qmin - zero_point, qmax - zero_point)
+            passing = v.eq_(result)
+            result.round_().mul_(scale)
         if keep is not None:
             result.lerp_(x, keep)
             torch.maximum(passing, keep, out=passing)
@@ -190,7 +202,7 @@ class _LearnedStep(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         passing, residual, scale = ctx.saved_tensors
         grad_scale = None if residual is None else (residual * grad).sum() / scale.detach()
-        return grad * passing, grad_scale, None, None, None, None
+        return grad * passing if ctx.needs_input_grad[0] else None, grad_scale, None, None, None, None
 
 
 _learned_step: Callable[..., Tensor] = _LearnedStep.apply

@@ -64,13 +64,14 @@ class DroppingQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         self.quantizer, self.prob, self.rng, self.rows = quantizer, prob, rng, rows
+        self.zero_point = float(quantizer.zero_point)  # not learned; here, so that a step waits for no device
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` with the chosen elements as they are and the others quantized."""
         inner = self.quantizer
         keep = random_choice(x, self.prob, self.rng, self.rows)
         return fake_quantize_learned(
-            x, inner.scale, inner.zero_point, qmin=0, qmax=2**inner.bits - 1, keep=keep
+            x, inner.scale, self.zero_point, qmin=0, qmax=2**inner.bits - 1, keep=keep
         )
 
 

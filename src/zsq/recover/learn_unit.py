@@ -105,6 +105,9 @@ def learn_unit(
     mine, share, rows = _share(group, min(settings.batch_size, num_images))
     rounding_weight = settings.rounding_weight / group.size
     watch = _watch(settings, device, where, group)
+    half = settings.precision == "bfloat16"
+    # Its cache of weights would keep those of the first step where steps are recorded.
+    reduced = torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
 
     def learn(
         index: Tensor, beta: float | Tensor | None, gate: Tensor | float = 1.0
@@ -115,7 +118,8 @@ def learn_unit(
             for s, t in zip(data.student_inputs, data.teacher_inputs, strict=True)
         ]
         distance = torch.zeros((), device=device)
-        outputs = part(*inputs)
+        with reduced:
+            outputs = part(*inputs)
         targets = [take(target, index) for target in data.targets]
         for output, target in zip(outputs, targets, strict=True):
             distance = distance + output_distance(output, target, channel_axis=data.channel_axis)
