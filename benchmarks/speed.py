@@ -121,7 +121,9 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
         clocked, images = yardstick.race_images(precision)
         rows.append(row("synthesis", precision, clocked))
     assert images is not None
-    rows.append(row("reconstruction", "float32", yardstick.race_units(images)))
+    rows += [
+        row("reconstruction", precision, yardstick.race_units(images, precision)) for precision in precisions
+    ]
     for entry in rows:
         for side in SIDES:
             which = side, entry["stage"], entry["precision"]
@@ -160,7 +162,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100, help="of a batch of images")
     parser.add_argument("--reconstruction-steps", type=int, help="of a unit; as --steps if left out")
     parser.add_argument("--bits", default="W4A4")
-    parser.add_argument("--precision", default="float32,bfloat16", help="of zsq's synthesis; one or several")
+    parser.add_argument("--precision", default="float32,bfloat16", help="of zsq's layers; one or several")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of torch, for both")
     parser.add_argument("--seed", type=int, default=0)

@@ -199,7 +199,7 @@ class Yardstick:
             else:
                 exhaust(self.published_batch(settings, 0))
             return
-        learning, images = replace(self.learning, steps=steps), noise.to(self.device)
+        learning, images = replace(self.learning, steps=steps, precision=precision), noise.to(self.device)
         if side == "zsq":
             self.zsq_units(images, learning, ignore)
         else:
@@ -229,14 +229,15 @@ class Yardstick:
         race.finish()
         return race.clocked, images
 
-    def race_units(self, images: Tensor) -> dict[str, Clocked]:
+    def race_units(self, images: Tensor, precision: Precision) -> dict[str, Clocked]:
         """Both learn all units from the same images, taking turns."""
         started = time.perf_counter()
-        race = Race(self.published_units(images, self.learning), self.device)
+        learning = replace(self.learning, precision=precision)
+        race = Race(self.published_units(images, learning), self.device)
         synchronise(self.device)
         race.clocked["published"].total = time.perf_counter() - started
         race.start()
-        self.zsq_units(images, self.learning, race.log)
+        self.zsq_units(images, learning, race.log)
         race.finish()
         return race.clocked
 

@@ -48,14 +48,17 @@ def test_prints_tables(
     assert files[1].read_text() == f"\n{printed}" and printed.startswith("## tiny\n")
     rows = [line for line in printed.splitlines() if line.startswith("| synthesis | ")]
     assert len(rows) == 2 + 4  # two precisions; each with both programs
-    assert "| reconstruction | float32 |" in printed and "GMAC/s" in printed
+    assert all(f"| reconstruction | {p} |" in printed for p in ("float32", "bfloat16"))
+    assert "GMAC/s" in printed
     report = json.loads((tmp_path / "out.json").read_text())
-    float32, _, reconstruction = report["rows"]
-    for row in (float32, reconstruction):
+    float32, _, reconstruction, half = report["rows"]
+    for row in (float32, reconstruction, half):
         assert row["published"]["seconds_a_step"] > 0 and row["zsq"]["seconds_a_step"] > 0
         assert row["zsq"]["loss"] == pytest.approx(row["published"]["loss"], rel=0.3)
     assert float32["zsq"]["macs"] < float32["published"]["macs"]
     assert reconstruction["zsq"]["macs"] == reconstruction["published"]["macs"] > 0
+    assert half["zsq"]["macs"] == pytest.approx(reconstruction["zsq"]["macs"], rel=0.01)
+    assert half["zsq"]["moved"] < reconstruction["zsq"]["moved"]
 
 
 def test_first_losses_are_equal(tiny: str) -> None:
