@@ -192,7 +192,7 @@ FILES = cases(
                 "student.onnx.json",
                 lambda f: (
                     write("run/student.onnx", "x")(f),
-                    write("run/student.onnx.json", '{"verified_on_synthetic_images": "all"}')(f),
+                    write("run/student.onnx.json", '{"verified_on_own_images": "all"}')(f),
                 ),
             ),
             (

@@ -131,7 +131,7 @@ def test_any_batch_size_and_what_the_file_says(tmp_path: Path) -> None:
     assert file.metadata["zsq.teacher_sha256"] == "ab" and file.metadata["zsq.target"] == "onnxruntime"
     settings = json.loads(export.settings.read_text())
     assert settings["session"] == {"graph_optimization_level": "ORT_ENABLE_ALL", "disabled_optimizers": []}
-    assert settings["verified_on_synthetic_images"]["num_images"] == 16
+    assert settings["verified_on_own_images"]["num_images"] == 16
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -82,7 +82,7 @@ ALLOWED: dict[str, set[str]] = {
     "given_images": GROUND | MODELS | SETTINGS,
     "class_images": GROUND | MODELS | SETTINGS | {"graph", "images", "account", "progress", "run"},
     "text_images": GROUND | MODELS | SETTINGS | DATA | {"graph", "images", "account", "progress", "run"},
-    "publish": GROUND | MODELS | {"run"},
+    "publish": GROUND | MODELS | {"run", "export"},
     "resume": GROUND | MODELS | SETTINGS | {"run"},
     "generalisation": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover"},
     "sharpness": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover"},

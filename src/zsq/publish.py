@@ -12,6 +12,7 @@ from typing import Any
 
 from zsq.architectures import error_summary
 from zsq.errors import JobError, UsageError, import_extra
+from zsq.export.account import VERIFIED, account_of
 from zsq.run import RECORD, Run, claim_folder, load_run, read_record, write_atomic
 
 EXTRA = "hf"
@@ -135,7 +136,7 @@ def exports_of(folder: Path) -> tuple[Exported, ...]:
     """The exports in a run's folder that have the account of their check beside them."""
     found = []
     for path in sorted(folder.iterdir()):
-        settings = path.with_name(f"{path.name}.json")
+        settings = account_of(path)
         if path.suffix not in EXPORTS or not (settings.is_file() or path.suffix == ".pt2"):
             continue
         about = _account(settings) if settings.is_file() else {}
@@ -150,7 +151,7 @@ def _account(path: Path) -> dict[str, Any]:
     """What an export's check found, as the file beside it says."""
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(about, dict) or not isinstance(about.get("verified_on_synthetic_images", {}), dict):
+        if not isinstance(about, dict) or not isinstance(about.get(VERIFIED), dict):
             raise ValueError("it is no table of what was checked")
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
@@ -275,7 +276,7 @@ def _verified(file: str, about: Mapping[str, Any]) -> str:
     if not about:
         return "checked against the student as it was written."
     engine = about.get("engine", "its engine")
-    images = about.get("num_images") or about.get("verified_on_synthetic_images", {}).get("num_images")
+    images = about[VERIFIED].get("num_images")
     how = f"`{file}.json` says how to run it"
     return f"checked in {engine} against the student on {images} images; {how}."
 

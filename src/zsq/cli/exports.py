@@ -161,7 +161,7 @@ def _summary(export: "Export") -> "list[Table | str]":
     return [
         "",
         f"{export.path} ({bytes_text(export.size)}), how to run it: {export.settings}",
-        f"{check.engine} against PyTorch on {check.num_images} synthetic images (not an accuracy):",
+        _compared(f"{check.engine} against PyTorch", check.num_images),
         grid(head, rows, right=(2, 3, 4)),
         *(f"Note: {note}." for note in export.notes),
         runs,
@@ -174,7 +174,7 @@ def _representation_summary(representation: "Representation") -> "list[Table | s
     return [
         "",
         f"{files} ({bytes_text(representation.size)}), how to run it: {representation.settings}",
-        f"{check.engine}, float32, against PyTorch on {check.num_images} synthetic images (not an accuracy):",
+        _compared(f"{check.engine}, float32, against PyTorch", check.num_images),
         _outputs(check.outputs),
         *(f"Note: {note}." for note in representation.notes),
         f"To measure accuracy on labelled images: {evaluate_line(representation.path, None)}",
@@ -185,11 +185,15 @@ def _program_summary(program: "Program", compared: str, *ending: str) -> "list[T
     return [
         "",
         f"{program.path} ({bytes_text(program.size)})",
-        f"{compared} on {program.num_images} synthetic images (not an accuracy):",
+        _compared(compared, program.num_images),
         _outputs(program.outputs),
         *(f"Note: {note}." for note in program.notes),
         *ending,
     ]
+
+
+def _compared(what: str, num_images: int) -> str:
+    return f"{what} on {num_images} of the run's images (not an accuracy):"
 
 
 def _outputs(differences: "Sequence[OutputDifference]") -> "Table":

@@ -10,6 +10,7 @@ from zsq.models import ModelSpec
 from zsq.run import spec_from_json, write_atomic
 
 T = TypeVar("T")
+VERIFIED = "verified_on_own_images"  # how the file compared with the student, on images of the run
 
 
 def account_of(file: Path) -> Path:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq.errors import JobError, import_extra
+from zsq.export.account import VERIFIED
 from zsq.export.verify import OutputDifference, Reference, differences, run_in_chunks
 
 EXTRA = "openvino"
@@ -77,8 +78,10 @@ class OpenVinoCheck:
         return {
             "engine": self.engine,
             "properties": dict(self.properties),
-            "num_images": self.num_images,
-            "outputs": [asdict(difference) for difference in self.outputs],
+            VERIFIED: {
+                "num_images": self.num_images,
+                "outputs": [asdict(difference) for difference in self.outputs],
+            },
         }
 
 

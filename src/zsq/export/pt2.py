@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from zsq.errors import JobError
-from zsq.export.account import account_of, write_with_account
+from zsq.export.account import VERIFIED, account_of, write_with_account
 from zsq.export.codes import stored_activation, stored_weight
 from zsq.export.integer import quantize_for_fusion, share_quantizers
 from zsq.export.onnx import metadata_of
@@ -38,7 +38,7 @@ class Program:
         settings: of the file that tells how it compared (`path` with .json after it).
         size: its bytes.
         engine: that it was compared in, and its version.
-        num_images: synthetic images on which it was compared with the student.
+        num_images: of the run, on which it was compared with the student.
         outputs: how.
         notes: what has to be known, in sentences.
         outside: of an ExecuTorch program, operators that XNNPACK did not take; ExecuTorch's own kernels
@@ -60,7 +60,7 @@ class Program:
             "file": self.path.name,
             "bytes": self.size,
             "engine": self.engine,
-            "verified_on_synthetic_images": {
+            VERIFIED: {
                 "num_images": self.num_images,
                 "outputs": [asdict(d) for d in self.outputs],
             },

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from zsq.errors import JobError, import_extra
+from zsq.export.account import VERIFIED
 from zsq.export.bisect import CHUNK, MAX_ERROR, first_difference, relative_error
 from zsq.export.builder import EXTRA
 from zsq.export.engine import LEVELS, EngineModel, SessionOptions
@@ -92,7 +93,7 @@ class Verification:
         return {
             "engine": self.engine,
             "session": self.session.to_json(),
-            "verified_on_synthetic_images": {
+            VERIFIED: {
                 "num_images": self.num_images,
                 "agreement_with_run": self.agreement_with_run,
                 "optimized": [asdict(d) for d in self.optimized],

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zsq.export.account import VERIFIED
 from zsq.publish import exports_of
 from zsq.run import LATENCIES
 
@@ -37,9 +38,9 @@ def exported(folder: Path | None, record: Mapping[str, Any]) -> list[Exported]:
         if not about:  # a program written before its check was kept
             found.append(Exported(export.path.name, export.path.stat().st_size, "", 0, (), (), False))
             continue
-        check = about.get("verified_on_synthetic_images", about)
+        check = about[VERIFIED]
         outputs = list(check["outputs"] if "outputs" in check else check["optimized"])
-        inside = about.get("openvino", {}).get("outputs", ())
+        inside = about.get("openvino", {}).get(VERIFIED, {}).get("outputs", ())
         outputs += [{**output, "name": f"{output['name']} in OpenVINO"} for output in inside]
         found.append(
             Exported(

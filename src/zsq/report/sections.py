@@ -65,7 +65,7 @@ SECTIONS = (
     Section(
         "exports",
         "Exported files",
-        "How far files for engines agree with the student, on synthetic images, and how fast they were here.",
+        "How far files for engines agree with the student, on the run's images, and how fast they were here.",
     ),
     Section("settings", "Settings", "What differs from the recipe's own settings, and why."),
 )
