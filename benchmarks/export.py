@@ -183,8 +183,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = [
         "| network | weights | bits | placement | file / float32 | same ends | images | agreement % "
-        "| rounding alone % | top-1 student | file - student |",
-        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| student, float64 % | file, float64 % | top-1 student | file - student |",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     order = list(dict.fromkeys(r["network"] for r in rows))
     for r in sorted(rows, key=lambda r: order.index(r["network"])):
@@ -192,10 +192,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         bits = r["bits"] + (f", {r['container'].upper()}" if r["container"] else "")
         cells = [r["network"], f"{r['weights']:,}", bits, r["placement"], f"{r['bytes'] / size:.3f}"]
         cells.append("" if same is None else f"{same / size:.3f}")
-        agreement, alone = f"{r['agreement']:.2f}", r.get("rounding_agreement")
+        agreement = f"{r['agreement']:.2f}"
         short = r["agreement"] < LIMITS.get(r["bits"], OTHERS)
         cells += [str(r["images"]), f"**{agreement}**" if short else agreement]
-        cells.append("" if alone is None else f"{alone:.2f}")
+        exact = (r.get(key) if short else None for key in ("rounding_agreement", "file_rounding_agreement"))
+        cells += ["" if value is None else f"{value:.2f}" for value in exact]
         known = "top1_file" in r
         cells.append(f"{r['top1_student']:.2f}" if known else "")
         cells.append(f"{r['top1_file'] - r['top1_student']:+.2f}" if known else "")

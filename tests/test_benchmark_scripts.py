@@ -115,3 +115,15 @@ def test_detections(tmp_path: Path) -> None:
     assert mean_average_precision(seen, wanted) == pytest.approx((51 + 100 / 3) / 202)
     assert mean_average_precision(wanted, wanted) == 1
     assert "0.390" in table([], 0.39, 244490)
+
+
+def test_processes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two real processes make what one makes; of made-up times the efficiency is that by hand."""
+    import processes
+
+    processes.main(["digits", "--batch-size", "4", "--steps", "1", "2", "--turns", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[0].startswith("| turn | one process")
+    assert "| median | 0.900 | 0.500 | 0.90 |" in processes.table([{1: 0.9, 2: 0.5}, {1: 0.9, 2: 0.5}])
+    with pytest.raises(SystemExit, match="no-such-model"):
+        processes.main(["no-such-model", "--steps", "1", "2", "--turns", "1"])
