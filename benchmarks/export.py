@@ -186,21 +186,24 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "| student, float64 % | file, float64 % | top-1 student | file - student |",
         "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    order = list(dict.fromkeys(r["network"] for r in rows))
-    for r in sorted(rows, key=lambda r: order.index(r["network"])):
+    order, known = list(dict.fromkeys(r["network"] for r in rows)), cells()
+    for r in sorted(
+        rows,
+        key=lambda r: (order.index(r["network"]), known.index((r["bits"], r["placement"], r["container"]))),
+    ):
         size, same = 4 * r["weights"], r.get("bytes_same")
         bits = r["bits"] + (f", {r['container'].upper()}" if r["container"] else "")
-        cells = [r["network"], f"{r['weights']:,}", bits, r["placement"], f"{r['bytes'] / size:.3f}"]
-        cells.append("" if same is None else f"{same / size:.3f}")
+        line = [r["network"], f"{r['weights']:,}", bits, r["placement"], f"{r['bytes'] / size:.3f}"]
+        line.append("" if same is None else f"{same / size:.3f}")
         agreement = f"{r['agreement']:.2f}"
         short = r["agreement"] < LIMITS.get(r["bits"], OTHERS)
-        cells += [str(r["images"]), f"**{agreement}**" if short else agreement]
+        line += [str(r["images"]), f"**{agreement}**" if short else agreement]
         exact = (r.get(key) if short else None for key in ("rounding_agreement", "file_rounding_agreement"))
-        cells += ["" if value is None else f"{value:.2f}" for value in exact]
-        known = "top1_file" in r
-        cells.append(f"{r['top1_student']:.2f}" if known else "")
-        cells.append(f"{r['top1_file'] - r['top1_student']:+.2f}" if known else "")
-        lines.append(f"| {' | '.join(cells)} |")
+        line += ["" if value is None else f"{value:.2f}" for value in exact]
+        labelled = "top1_file" in r
+        line.append(f"{r['top1_student']:.2f}" if labelled else "")
+        line.append(f"{r['top1_file'] - r['top1_student']:+.2f}" if labelled else "")
+        lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines)
 
 
