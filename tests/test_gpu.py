@@ -106,12 +106,13 @@ def test_recorded_synthesis_has_the_bits_of_its_steps(
     assert torch.equal(recorded, made())
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recipe", [GENIE, SADAG], ids=["genie", "sadag"])
 def test_recorded_run_has_the_bits_of_its_steps(
-    monkeypatch: pytest.MonkeyPatch, model: Teacher, recipe: Any
+    monkeypatch: pytest.MonkeyPatch, model: Teacher, recipe: Any, precision: Any
 ) -> None:
     small = shrunk(recipe)
-    learning = replace(small.reconstruction, steps=20)
+    learning = replace(small.reconstruction, steps=20, precision=precision)
     refinement = small.refinement and replace(small.refinement, steps=8, warmup_steps=20)
     small = replace(small, reconstruction=learning, refinement=refinement)
     recorded = run(model, small, bits="W2A4")
