@@ -465,7 +465,7 @@ def test_files_of_this_repository_are_well_formed(monkeypatch: pytest.MonkeyPatc
     found = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.toml"))
     benches = {path.stem: read_bench(path) for path in found}
     others = {"engine", "genie", "gradient_cover", "psaq_vit", "quick", "sadag", "sadag_ablation", "w8a8"}
-    others |= {"tiniest"}
+    others |= {"genie_synq", "half", "tiniest"}
     assert benches.keys() == others | {"mixing", "paper", "paper_imagenet", "synq_parts", "uniform"}
     for name, bench in benches.items():
         assert bench.name == name and bench.networks and bench.recipes
@@ -478,7 +478,9 @@ def test_files_of_this_repository_are_well_formed(monkeypatch: pytest.MonkeyPatc
                         entry.name, bits=bits, ends=bench.ends, budget=bench.budget, overrides=overrides
                     )
                     assert settings.num_holdout == 0
-                    assert isinstance(settings.synthesis, Synthesis) == (entry.name in ("genie", "sadag"))
+                    assert isinstance(settings.synthesis, Synthesis) == (
+                        entry.name in ("genie", "genie-synq", "sadag")
+                    )
                     assert isinstance(settings.synthesis, GivenImages) == entry.images
                     assert network.images is not None or not entry.images
     bits_of = {network.name: network.bits for network in benches["genie"].networks}
