@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq.errors import JobError, UsageError, import_extra
+from zsq.export.account import account_of
 from zsq.export.builder import EXTRA
 from zsq.models import ModelSpec
 from zsq.run import spec_from_json
@@ -151,7 +152,7 @@ def check_input(file: Path, shape: Sequence[Any], spec: ModelSpec) -> None:
 
 
 def _options_beside(file: Path) -> SessionOptions:
-    settings = file.with_name(f"{file.name}.json")
+    settings = account_of(file)
     try:
         session = json.loads(settings.read_text(encoding="utf-8"))["session"]
         level, disabled = session["graph_optimization_level"], tuple(session["disabled_optimizers"])

@@ -105,9 +105,10 @@ def learn_unit(
     mine, share, rows = _share(group, min(settings.batch_size, num_images))
     rounding_weight = settings.rounding_weight / group.size
     watch = _watch(settings, device, where, group)
-    half = settings.precision == "bfloat16"
     # Its cache of weights would keep those of the first step where steps are recorded.
-    reduced = torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
+    reduced = torch.autocast(
+        device.type, torch.bfloat16, enabled=settings.precision == "bfloat16", cache_enabled=False
+    )
 
     def learn(
         index: Tensor, beta: float | Tensor | None, gate: Tensor | float = 1.0
