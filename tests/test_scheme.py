@@ -236,12 +236,50 @@ def test_squeeze_and_excitation_is_in_the_middle() -> None:
     assert found["stem"] == (8, None) and found["blocks.0.expand"] == (4, 8) and found["fc"] == (8, 8)
 
 
-def test_a_transformer_quantizes_its_stream_at_the_additions() -> None:
+@pytest.mark.parametrize(("stream", "quantized"), [("float", 0), ("quantized", 1)])
+def test_a_transformer_quantizes_its_stream_at_the_additions_if_it_is_told_to(
+    stream: str, quantized: int
+) -> None:
     graph = graph_of("transformer").graph
-    placement = place(graph, W4A4)
+    placement = place(graph, replace(W4A4, residual_stream=stream))
     embedded, *blocks = additions("transformer")  # the first one adds positions, which are no shortcut
     assert tensor_read_by(placement, embedded.name) == []
-    assert [len(tensor_read_by(placement, n.name)) for n in blocks] == [1, 1, 1, 1]
+    assert [len(tensor_read_by(placement, n.name)) for n in blocks] == [quantized] * 4
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(1, 8), nn.RMSNorm((8, 16, 16))])
+def test_a_stream_behind_any_normalisation_stays_in_float(norm: nn.Module) -> None:
+    graph = capture(Stream(norm), SIZE).graph
+    (added,) = (n for n in graph.nodes if n.target is aten.add.Tensor)
+    assert tensor_read_by(place(graph, W4A4), added.name) == []
+    assert len(tensor_read_by(place(graph, replace(W4A4, residual_stream="quantized")), added.name)) == 1
+
+
+def test_a_shortcut_that_a_layer_reads_too_is_quantized_behind_a_normalisation() -> None:
+    graph = capture(Stream(nn.GroupNorm(1, 8), gate=True), SIZE).graph
+    (added,) = (n for n in graph.nodes if n.target is aten.add.Tensor)
+    assert len(tensor_read_by(place(graph, W4A4), added.name)) == 1
+
+
+def test_refuses_other_residual_streams() -> None:
+    assert "one of float, quantized, got 'both'" in message(lambda: Scheme(residual_stream="both"))
+
+
+class Stream(nn.Module):
+    """A block that reads its input through a normalisation, and through a gate if it has one."""
+
+    def __init__(self, norm: nn.Module, *, gate: bool = False) -> None:
+        super().__init__()
+        self.stem, self.norm, self.body = nn.Conv2d(3, 8, 1), norm, nn.Conv2d(8, 8, 1)
+        self.gate = nn.Conv2d(8, 8, 1) if gate else None
+        self.head = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        body = self.body(self.norm(x))
+        if self.gate is not None:
+            body = body * self.gate(x)
+        return self.head(x + body)  # type: ignore[no-any-return]
 
 
 def test_a_single_layer_is_first_and_last() -> None:

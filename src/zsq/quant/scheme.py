@@ -13,6 +13,7 @@ from zsq.graph.capture import activations, aten, weight_node
 ENDS = ("8bit", "same")
 PLACEMENTS = ("research", "engine")
 SOFTMAX_CODES = ("uniform", "log2")
+RESIDUAL_STREAMS = ("float", "quantized")
 # Operations that move values without changing them; zero padding adds zeros, which quantizers represent.
 MOVES = frozenset(
     {
@@ -34,6 +35,8 @@ MOVES = frozenset(
     }
 )
 ADDITIONS = frozenset({aten.add.Tensor, aten.sub.Tensor})
+# Normalisations by statistics of the tensor itself, unlike BatchNorm's stored ones.
+NORMS = frozenset({aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,10 @@ class Scheme:
             in integers), see `place_for_engine`.
         softmax: codes of what a softmax gives to a product: "uniform", or "log2", whose codes are exponents
             of 2 (at 4 bits; multiples of 2^(4 - bits) at others), fine near 0 and coarse near 1.
+        residual_stream: "float" leaves alone what blocks of transformers add to, as every layer reads it
+            through a normalisation (LayerNorm, GroupNorm, RMSNorm) and quantized would add an error in each
+            block that stays in it to the end; "quantized" takes it as any other shortcut. Placement "engine"
+            quantizes it.
     """
 
     weight_bits: int = 4
@@ -58,6 +65,7 @@ class Scheme:
     ends: str = "8bit"
     placement: str = field(default="research", metadata={"described": "unless default"})
     softmax: str = field(default="uniform", metadata={"described": "unless default"})
+    residual_stream: str = field(default="float", metadata={"described": "unless default"})
 
     def __post_init__(self) -> None:
         for bits in (self.weight_bits, self.activation_bits):
@@ -71,6 +79,10 @@ class Scheme:
             raise UsageError(f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}.")
         if self.softmax not in SOFTMAX_CODES:
             raise UsageError(f"softmax must be one of {', '.join(SOFTMAX_CODES)}, got {self.softmax!r}.")
+        if self.residual_stream not in RESIDUAL_STREAMS:
+            raise UsageError(
+                f"residual_stream must be one of {', '.join(RESIDUAL_STREAMS)}, got {self.residual_stream!r}."
+            )
         if self.placement == "engine" and self.softmax != "uniform":
             raise UsageError(
                 "Engines multiply uniform codes only: placement 'engine' needs softmax 'uniform', got "
@@ -139,8 +151,9 @@ def place(graph: fx.Graph, scheme: Scheme) -> Placement:
     Quantized are the weights and the input of every convolution and linear layer but the first one's input
     (the image), both operands of matrix products of activations (queries, keys, values and softmax weights of
     attention), and identity shortcuts: operands of an addition that another operand is computed from through
-    a layer. All such readers of one tensor share its quantizer, also through slices, pads and reshapes; where
-    they want different bits, the larger number holds.
+    a layer, but for the stream of a network whose blocks normalise what they read from it (see
+    `Scheme.residual_stream`). All such readers of one tensor share its quantizer, also through slices, pads
+    and reshapes; where they want different bits, the larger number holds.
 
     With ends="8bit", 8 bits go to: weights of layers that no layer precedes, weights and input of layers that
     no layer follows, and tensors that only first layers precede (the second layer's input; BRECQ's
@@ -183,7 +196,8 @@ def place(graph: fx.Graph, scheme: Scheme) -> Placement:
                 if scheme.softmax == "log2" and softmax_before(node) is not None and found[0] is not None:
                     logarithmic.add(found[0].name)
         for node, operand in _identity_shortcuts(nodes):
-            read(operand, node, scheme.activation_bits)
+            if scheme.residual_stream == "quantized" or not _read_through_norms(operand, node):
+                read(operand, node, scheme.activation_bits)
     return Placement(
         weights=weights,
         activations={n.name: wanted[n] for n in nodes if n in wanted},
@@ -257,6 +271,14 @@ def _identity_shortcuts(nodes: list[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
             if operand is not other and _depends_through_layer(other, source):
                 found.append((node, operand))
     return found
+
+
+def _read_through_norms(operand: fx.Node, addition: fx.Node) -> bool:
+    """Whether normalisations read a shortcut's tensor, and no layer does."""
+    source, _ = through_moves(operand, addition)
+    return any(user.target in NORMS for user in source.users) and not any(
+        weight_node(user) is not None for user in source.users
+    )
 
 
 def _depends_through_layer(node: fx.Node, ancestor: fx.Node) -> bool:
