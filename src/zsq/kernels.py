@@ -24,3 +24,15 @@ def reproducible(device: torch.device | str, *, rounded: bool = False) -> Iterat
         return
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=rounded):
         yield
+
+
+def computing_in(precision: str, device: torch.device, *, cache: bool = True) -> torch.autocast:
+    """Within it convolutions and matrix products are computed in a precision; enter it again in every step.
+
+    Args:
+        precision: "float32", in which nothing changes, or "bfloat16".
+        device: where one computes.
+        cache: cast each weight once between entering and leaving. Without, where steps are recorded and
+            weights change in them.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=cache)

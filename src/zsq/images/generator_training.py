@@ -25,6 +25,7 @@ from zsq.images.prior import STANDARD, InputPrior
 from zsq.images.schedules import LOGS_A_BATCH, check_finite
 from zsq.images.statistics import StatisticsDistance, image_statistics, with_targets
 from zsq.images.synthesize import batch_sizes
+from zsq.kernels import computing_in
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of a parameter
 BETA2 = 0.999
@@ -90,9 +91,7 @@ class GeneratorTraining:
         if settings.centres is not None and centres is not None:
             with torch.no_grad():
                 self._centres = image_statistics(self._observer(centres.to(self.device)))
-        self._reduced = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
-        )
+        self._reduced = computing_in(settings.precision, self.device)
         self.generator = ClassGenerator(
             input_size,
             self.num_classes,

@@ -16,6 +16,7 @@ from zsq.images.pixel_settings import PixelSynthesis, StatisticsMatch
 from zsq.images.prior import InputPrior, constant
 from zsq.images.statistics import StatisticsDistance, slack_of, with_targets
 from zsq.images.texture import natural_energies, texture_distance, texture_energies, texture_gains
+from zsq.kernels import computing_in
 
 Targets = Sequence[tuple[Tensor, Tensor]]  # mean and variance of every BatchNorm's input
 Part = Callable[[ForwardPass], dict[str, Tensor]]  # losses, weighted, by name
@@ -52,7 +53,7 @@ def pixel_objective(
         statistics=settings.bn is not None,
         patches=settings.patches is not None,
     )
-    reduced = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
+    reduced = computing_in(settings.precision, device)
     centre, scale = (constant(v, device).view(-1, 1, 1) for v in prior.of(shape[1]))
     parts: list[Part] = []
     if classes is not None:

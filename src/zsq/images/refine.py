@@ -25,6 +25,7 @@ from zsq.images.prior import STANDARD, InputPrior
 from zsq.images.schedules import LOGS_A_BATCH, check_finite, generator_rates, latent_optimizer
 from zsq.images.settings import Refinement, Synthesis
 from zsq.images.synthesize import Batch
+from zsq.kernels import computing_in
 from zsq.replay import Course, Replay, can_record
 from zsq.rng import rng_for
 
@@ -139,10 +140,10 @@ def refine_batch(
     parameters = [latents, *generator.parameters()]
     optimizer, plateau = latent_optimizer(latents, generator, settings, patience=settings.plateau_patience)
     bn_statistics, input_statistics = BatchNormStatistics(), InputStatistics(prior)
-    reduced = synthesis.precision == "bfloat16"
+    reduced = computing_in(synthesis.precision, device)
 
     def images_at(point: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
+        with reduced:
             images = prior.apply(generator(point))
         return images.contiguous(memory_format=torch.channels_last)
 

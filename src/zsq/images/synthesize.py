@@ -28,7 +28,7 @@ from zsq.images.schedules import (
 from zsq.images.settings import Synthesis
 from zsq.images.sources import LatentGenerator
 from zsq.images.views import Shifts, draw_shifts, swing
-from zsq.kernels import reproducible
+from zsq.kernels import computing_in, reproducible
 from zsq.out_of_memory import no_room
 from zsq.replay import Course, Replay, can_record
 from zsq.rng import rng_for
@@ -199,7 +199,7 @@ def synthesize_batch(
     parameters = [latents, *generator.parameters()]
     patience, interval = schedule(settings)
     optimizer, plateau = latent_optimizer(latents, generator, settings, patience=patience)
-    reduced = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
+    reduced = computing_in(settings.precision, device)
     log_every = math.ceil(settings.steps / LOGS_A_BATCH)
     still = [[0, 0]] * num_swinging
     convergence = Convergence(settings.converged)

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from zsq.distributed import ALONE, Group
 from zsq.graph.tensors import device_of
 from zsq.health import AGAIN, Watch
-from zsq.kernels import reproducible
+from zsq.kernels import computing_in, reproducible
 from zsq.out_of_memory import no_room
 from zsq.quant.affine import MIN_SCALE
 from zsq.quant.dropping import Rows, dropping, mix
@@ -105,10 +105,7 @@ def learn_unit(
     mine, share, rows = _share(group, min(settings.batch_size, num_images))
     rounding_weight = settings.rounding_weight / group.size
     watch = _watch(settings, device, where, group)
-    # Its cache of weights would keep those of the first step where steps are recorded.
-    reduced = torch.autocast(
-        device.type, torch.bfloat16, enabled=settings.precision == "bfloat16", cache_enabled=False
-    )
+    reduced = computing_in(settings.precision, device, cache=False)
 
     def learn(
         index: Tensor, beta: float | Tensor | None, gate: Tensor | float = 1.0

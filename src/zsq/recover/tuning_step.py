@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from zsq.distributed import Group
 from zsq.images.crops import crop, draw_crops
 from zsq.images.low_pass import low_pass, low_pass_gain
+from zsq.kernels import computing_in
 from zsq.out_of_memory import in_chunks
 from zsq.quant.dropping import Rows
 from zsq.recover.network_outputs import Observed, Outputs, joined, parts_of_loss
@@ -68,9 +69,7 @@ class Step:
         self.student, self.teacher, self.views = student, teacher, views
         self.optimizer, self.settings, self.group = optimizer, settings, group
         self.parameters: list[nn.Parameter] = optimizer.param_groups[0]["params"]
-        self.reduced = torch.autocast(
-            self.parameters[0].device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
-        )
+        self.reduced = computing_in(settings.precision, self.parameters[0].device)
         self.cache: Outputs | None = None
         # Whether the teacher's logits of the images as they are, are all that the losses need of it.
         self.logits_do = (
