@@ -15,6 +15,7 @@ from zsq.budget import (
     LARGE_FACTOR,
     MAX_LR_ROUNDING,
     MAX_REFINEMENT_FACTOR,
+    MAX_SCALES_FACTOR_OF_2_BITS,
     REFINEMENT_COUNTS,
     TRAVEL,
     TRAVEL_OF_4_BITS,
@@ -297,6 +298,18 @@ def test_fewer_bits_round_at_a_larger_rate() -> None:
         assert learning is not None
         rates.append(learning.lr_rounding * learning.steps)
     assert rates == pytest.approx([TRAVEL, TRAVEL, TRAVEL_OF_4_BITS, TRAVEL_OF_4_BITS])
+
+
+def test_step_sizes_move_faster_at_2_bits() -> None:
+    published = Reconstruction()
+    factors = []
+    for bits, budget in (("W2A2", "quick"), ("W2A2", "standard"), ("W2A4", "quick"), ("W2", "quick")):
+        learning = compose_recipe("genie", bits=bits, budget=budget).reconstruction
+        assert learning is not None
+        factors.append(learning.lr_weight_scale / published.lr_weight_scale)
+        assert learning.lr_activation_scale == pytest.approx(factors[-1] * published.lr_activation_scale)
+    assert factors == pytest.approx([MAX_SCALES_FACTOR_OF_2_BITS, MAX_SCALES_FACTOR_OF_2_BITS, 1, 1])
+    assert compose_recipe("genie", bits="W2A2", budget="paper").reconstruction == published
 
 
 def _left(recipe: Recipe) -> int:
