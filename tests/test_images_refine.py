@@ -89,6 +89,28 @@ def refined(
     return images, found, logged
 
 
+def test_the_loss_of_synthesis_weighs_what_it_was(observer: Observer, probe: Probe, batch: Batch) -> None:
+    """With `bn_relative` and its two parts ten times as large, nothing but that loss changes."""
+    plain = replace(SETTINGS, bn_relative=True, match_weight=0.0, diversity_weight=0.0, steps=1)
+    _, _, (first, *_) = refined(observer, probe, batch, replace(plain, bn_relative=False))
+    images, _, (relative, *_) = refined(observer, probe, batch, plain)
+    assert relative["loss"] == pytest.approx(1.0, rel=1e-5) and relative["bn"] == pytest.approx(first["bn"])
+    logged: list[dict[str, float]] = []
+    tenfold = replace(SYNTHESIS, bn_weight=10 * SYNTHESIS.bn_weight, image_weight=10 * SYNTHESIS.image_weight)
+    again, _ = refine_batch(
+        observer,
+        probe,
+        batch,
+        plain,
+        tenfold,
+        bank=None,
+        rng=rng(0),
+        log=lambda step, values: logged.append(values),
+    )
+    assert logged[0]["bn"] == pytest.approx(10 * first["bn"]) and logged[0]["loss"] == pytest.approx(1.0)
+    torch.testing.assert_close(again, images)
+
+
 # ---- the search
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from zsq.graph.tensors import device_of
 from zsq.health import Watch
-from zsq.images.forward import Observer, observe
+from zsq.images.forward import ForwardPass, Observer, observe
 from zsq.images.gradients import (
     Gradients,
     Probe,
@@ -31,6 +31,7 @@ from zsq.rng import rng_for
 
 START = 0.1  # length of the random start of a neighbour search, relative to the radius
 PUBLISHED_OFFSET = 1e-9
+SMALLEST_LOSS = 1e-6  # that another is divided by
 
 Finished = MutableMapping[str, dict[str, Tensor]]
 Log = Callable[[str, int, dict[str, float]], None]
@@ -163,12 +164,22 @@ def refine_batch(
         """Where this step's neighbour searches start; a draw for every step that looks for neighbours."""
         return torch.randn(latents.shape, generator=rng)
 
+    def of_synthesis(forward: ForwardPass) -> Tensor:
+        image_loss = synthesis.image_weight * input_statistics(forward)
+        return synthesis.bn_weight * bn_statistics(forward) + image_loss
+
+    bn_weight: float | Tensor = settings.bn_weight
+    if settings.bn_relative and settings.bn_weight > 0:
+        with torch.no_grad():
+            bn_weight = settings.bn_weight / of_synthesis(observer(images_at(latents))).clamp(
+                min=SMALLEST_LOSS
+            )
+
     def learn(start: Tensor | None) -> dict[str, Tensor]:
-        parts: dict[str, tuple[float, Tensor]] = {}
+        parts: dict[str, tuple[float | Tensor, Tensor]] = {}
         forward = observer(images_at(latents))
         if settings.bn_weight > 0:
-            image_loss = synthesis.image_weight * input_statistics(forward)
-            parts["bn"] = settings.bn_weight, synthesis.bn_weight * bn_statistics(forward) + image_loss
+            parts["bn"] = bn_weight, of_synthesis(forward)
         if matching or settings.diversity_weight > 0:
             own = directions(probe(forward.images, forward.logits))
         if start is not None:

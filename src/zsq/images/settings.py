@@ -1,6 +1,6 @@
 """Settings of image synthesis."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from zsq.errors import UsageError
@@ -98,6 +98,9 @@ class Refinement:
         plateau_patience: see `plateau_factor`.
         lr_latent_min: `lr_latent` never falls below it, unless it starts there.
         bn_weight: factor of the loss of synthesis (BatchNorm and image statistics, weighed as there).
+        bn_relative: whether that loss is divided by what it is of the batch before it is refined. Published:
+            no, and what it weighs against the other two depends on how many layers there are, and on how well
+            the images have met their statistics.
         match_weight: factor of the gradient match between images and their neighbours.
         diversity_weight: factor of the largest similarity of each image's gradient to that of another image.
         diversity_threshold: similarities up to it cost nothing.
@@ -121,6 +124,7 @@ class Refinement:
     plateau_patience: int = 100
     lr_latent_min: float = 1e-6
     bn_weight: float = 1.0
+    bn_relative: bool = field(default=False, metadata={"described": "unless default"})
     match_weight: float = 1.0
     diversity_weight: float = 1.0
     diversity_threshold: float = 0.0
