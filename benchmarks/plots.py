@@ -1,12 +1,12 @@
 """Two plots of benchmark rows: accuracy against what it cost, and sharpness against accuracy.
 
-    python benchmarks/plots.py runs/bench-sadag/rows.jsonl runs/bench-sadag_quick/rows.jsonl \
-        --network cifar100_resnet20s --cost docs/cost.svg --sharpness docs/sharpness.svg
+    python benchmarks/plots.py runs/bench-w2a2/rows.jsonl runs/bench-sadag_quick/rows.jsonl \
+        --network cifar10_resnet20 cifar10_wrn16_1 --cost docs/cost.svg --sharpness docs/sharpness.svg
 
-Each file of rows is one budget. Cost is the time of synthesis, refinement and reconstruction of a row;
-images are made once for all bits and count in full for each. Sharpness is that of the student's
-reconstruction loss on real labelled images relative to the loss, see `zsq.diagnose`; rows without
-diagnostics are left out there.
+Each file of rows is one budget, each network has axes of its own. Cost is the time of synthesis, refinement
+and reconstruction of a row; images are made once for all bits and count in full for each. Sharpness is that
+of the student's reconstruction loss on real labelled images relative to the loss, see `zsq.diagnose`; rows
+without diagnostics are left out there. Of rows of one cell the last one counts.
 """
 
 import argparse
@@ -24,10 +24,15 @@ STAGES = ("synthesize", "refine", "reconstruct")
 Row = dict[str, Any]
 
 
-def read_rows(path: Path, network: str) -> list[Row]:
-    """Finished rows of a network."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["network"] == network]
+def read_rows(path: Path, bits: Sequence[str] | None, recipes: Sequence[str] | None) -> list[Row]:
+    """Finished rows, of these bits and recipes if they are named."""
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    last = {(row["network"], row["recipe"], row["bits"], row["seed"]): row for row in found}
+    return [
+        row
+        for row in last.values()
+        if (bits is None or row["bits"] in bits) and (recipes is None or row["recipe"] in recipes)
+    ]
 
 
 def cost(row: Row) -> float | None:
@@ -75,22 +80,29 @@ def main(arguments: Sequence[str]) -> None:
     """Draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("rows", nargs="+", type=Path, help="rows.jsonl of one benchmark or several")
-    parser.add_argument("--network", required=True, help="its name in the benchmark")
+    parser.add_argument("--network", required=True, nargs="+", help="their names in the benchmark")
+    parser.add_argument("--bits", nargs="+", help="leave out other rows")
+    parser.add_argument("--recipe", nargs="+", help="leave out other rows")
     parser.add_argument("--cost", type=Path, metavar="FILE", help=".svg or .png")
     parser.add_argument("--sharpness", type=Path, metavar="FILE", help=".svg or .png")
     options = parser.parse_args(arguments)
-    budgets = [read_rows(path, options.network) for path in options.rows]
+    budgets = [read_rows(path, options.bits, options.recipe) for path in options.rows]
     for path, draw in (
-        (options.cost, lambda axes: draw_cost(budgets, axes)),
-        (options.sharpness, lambda axes: draw_sharpness([row for rows in budgets for row in rows], axes)),
+        (options.cost, draw_cost),
+        (
+            options.sharpness,
+            lambda budgets, axes: draw_sharpness([r for rows in budgets for r in rows], axes),
+        ),
     ):
         if path is not None:
-            figure = Figure(figsize=(6.5, 4.2), layout="constrained")
-            axes = figure.subplots()
-            draw(axes)
-            axes.grid(alpha=0.3)
-            axes.legend()
-            axes.set_title(options.network)
+            figure = Figure(figsize=(1.0 + 4.2 * len(options.network), 4.0), layout="constrained")
+            for network, axes in zip(
+                options.network, figure.subplots(1, len(options.network), squeeze=False)[0], strict=True
+            ):
+                draw([[row for row in rows if row["network"] == network] for rows in budgets], axes)
+                axes.grid(alpha=0.3)
+                axes.legend()
+                axes.set_title(network)
             figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 

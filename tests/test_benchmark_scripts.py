@@ -74,9 +74,13 @@ def test_plots(tmp_path: Path) -> None:
     rows = [row("genie", 0, **on_real), row("genie", 1), row("sadag", 0, **on_real)]
     assert plots.cost(rows[1]) == 16.0
     assert plots.cost(rows[1] | {"seconds": {"synthesize": None}}) is None
+    rows.append(row("genie", 0, top1=90.0))  # run again
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read = plots.read_rows(tmp_path / "rows.jsonl", None, ["genie"])
+    assert [found["top1"] for found in read] == [90.0, 41.0]
+    assert plots.read_rows(tmp_path / "rows.jsonl", ["W3A3"], None) == []
     files = [tmp_path / name for name in ("cost.svg", "sharpness.svg")]
-    options = ["--network", "n", "--cost", str(files[0]), "--sharpness", str(files[1])]
+    options = ["--network", "n", "n", "--bits", "W2A2", "--cost", str(files[0]), "--sharpness", str(files[1])]
     plots.main([str(tmp_path / "rows.jsonl"), *options])
     assert all("<svg" in file.read_text() for file in files)
 
