@@ -8,7 +8,7 @@ import pytest
 import torch
 from image_networks import SIZE, Residual
 from student_networks import batch_of, bits_of, calibrated
-from torch import Tensor
+from torch import Tensor, nn
 
 from zsq.errors import JobError, UsageError
 from zsq.images.forward import Observer, observe
@@ -332,6 +332,33 @@ def test_killed_and_resumed(scope: Any, networks: Networks) -> None:
     assert torch.equal(again, images) and set(steps) == {"refined-002"}
     alone, _ = several(networks, replace(settings, bank_size=0))
     assert torch.equal(alone[:8], images[:8]) and not torch.equal(alone[8:16], images[8:16])
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_swinging_is_drawn_anew_for_every_batch_and_resumes(relative: bool, networks: Networks) -> None:
+    settings = replace(SETTINGS, swing=True, bn_relative=relative)
+    whole: dict[str, dict[str, Tensor]] = {}
+    images, _ = several(networks, settings, whole)
+    again, _ = several(networks, settings, {"refined-000": whole["refined-000"]})
+    assert torch.equal(again, images)
+    still, _ = several(networks, replace(settings, swing=False))
+    assert all(not torch.equal(*pair) for pair in zip(images.split(8), still.split(8), strict=True))
+
+
+def test_without_strided_convolutions_nothing_swings() -> None:
+    networks = calibrated(Unstrided)
+    swinging, _ = several(networks, replace(SETTINGS, swing=True))
+    still, _ = several(networks)
+    assert torch.equal(swinging, still)
+
+
+class Unstrided(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.linear = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.relu(self.bn(self.conv(x))).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 def test_the_bank_is_bounded_and_without_history(networks: Networks, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from zsq.images.prior import STANDARD, InputPrior
 from zsq.images.schedules import LOGS_A_BATCH, check_finite, generator_rates, latent_optimizer
 from zsq.images.settings import Refinement, Synthesis
 from zsq.images.synthesize import Batch
+from zsq.images.views import Shifts, draw_shifts, swing
 from zsq.kernels import computing_in
 from zsq.replay import Course, Replay, can_record
 from zsq.rng import rng_for
@@ -75,7 +76,10 @@ def refine(
     images: list[Tensor] = []
     bank: Gradients | None = None
     device = device_of(teacher)
-    observer = observe(teacher, logits=True)
+    observer, num_swinging = observe(teacher, logits=True), 0
+    if settings.swing:
+        view, num_swinging = swing(teacher)
+        observer = observe(view, fold=True) if num_swinging else observer
     for index, batch in enumerate(batches):
         name = refined_name(index)
         piece = finished.get(name)
@@ -87,6 +91,7 @@ def refine(
                 settings,
                 synthesis,
                 bank=bank,
+                num_swinging=num_swinging,
                 rng=rng_for(seed, "refinement", index),
                 log=lambda step, values, name=name: log(name, step, values),  # type: ignore[misc]
                 prior=prior,
@@ -108,23 +113,25 @@ def refine_batch(
     bank: Gradients | None,
     rng: torch.Generator,
     log: Callable[[int, dict[str, float]], None],
+    num_swinging: int = 0,
     prior: InputPrior | None = None,
     where: str = "",
 ) -> tuple[Tensor, Gradients]:
     """Train a copy of a batch's latents and generator further.
 
-    Loss, each part with its weight: that of synthesis on the images, the teacher as it is (no swing);
+    Loss, each part with its weight: that of synthesis on the images, see `Refinement.swing`;
     `gradient_match` with the neighbours that the same generator makes of latents at `radius`; `diversity`.
     The neighbours' offsets are constants, the gradient passes through both members of a pair.
 
     Args:
-        observer: the teacher, with logits.
+        observer: the teacher with logits, or a swinging view of it without.
         probe: see `refine`.
         batch: left as it is.
         settings, synthesis, prior: see `refine`.
         bank: directions of finished images, without history; None if there are none.
         rng: on the CPU; draws the starts of the neighbour searches.
         log: called as log(step, values) about 20 times.
+        num_swinging: convolutions of the view, 0 for the teacher as it is.
         where: how to call the batch in an error.
 
     Returns:
@@ -171,13 +178,13 @@ def refine_batch(
     bn_weight: float | Tensor = settings.bn_weight
     if settings.bn_relative and settings.bn_weight > 0:
         with torch.no_grad():
-            bn_weight = settings.bn_weight / of_synthesis(observer(images_at(latents))).clamp(
-                min=SMALLEST_LOSS
-            )
+            still = ([[0, 0]] * num_swinging,) if num_swinging else ()
+            first = of_synthesis(observer(images_at(latents), *still))
+            bn_weight = settings.bn_weight / first.clamp(min=SMALLEST_LOSS)
 
-    def learn(start: Tensor | None) -> dict[str, Tensor]:
+    def learn(start: Tensor | None, shifts: Shifts | None) -> dict[str, Tensor]:
         parts: dict[str, tuple[float | Tensor, Tensor]] = {}
-        forward = observer(images_at(latents))
+        forward = observer(images_at(latents), *(() if shifts is None else (shifts,)))
         if settings.bn_weight > 0:
             parts["bn"] = bn_weight, of_synthesis(forward)
         if matching or settings.diversity_weight > 0:
@@ -202,13 +209,15 @@ def refine_batch(
     steps = settings.steps if settings.bn_weight > 0 or matching or settings.diversity_weight > 0 else 0
     if can_record(device) and steps:
         drawn = {"starts": torch.stack([starts() for _ in range(steps)])} if matching else {}
+        if num_swinging:
+            drawn["shifts"] = torch.tensor([draw_shifts(num_swinging, rng) for _ in range(steps)])
         course = Course(device, rates=torch.tensor(rates), **drawn)
         of_generator["lr"] = torch.zeros((), device=device)
 
         def learn_next() -> tuple[Tensor, ...]:
             row = course.row()
             of_generator["lr"].copy_(row["rates"])
-            losses = learn(row.get("starts"))
+            losses = learn(row.get("starts"), row.get("shifts"))
             names[:] = losses
             watch.see(course.step, [losses["loss"]])
             course.advance()
@@ -221,7 +230,8 @@ def refine_batch(
             values = dict(zip(names, losses, strict=True))
         else:
             of_generator["lr"] = rates[step]
-            values = learn(starts().to(device) if matching else None)
+            start = starts().to(device) if matching else None
+            values = learn(start, draw_shifts(num_swinging, rng) if num_swinging else None)
             watch.see(step, [values["loss"]])
         if step % log_every == 0 or step == settings.steps - 1:
             watch.check()

@@ -101,6 +101,8 @@ class Refinement:
         bn_relative: whether that loss is divided by what it is of the batch before it is refined. Published:
             no, and what it weighs against the other two depends on how many layers there are, and on how well
             the images have met their statistics.
+        swing: whether strided convolutions read shifted inputs in the loss of synthesis, as in synthesis.
+            Published: no, and the teacher's pass is shared with the gradient match.
         match_weight: factor of the gradient match between images and their neighbours.
         diversity_weight: factor of the largest similarity of each image's gradient to that of another image.
         diversity_threshold: similarities up to it cost nothing.
@@ -125,6 +127,7 @@ class Refinement:
     lr_latent_min: float = 1e-6
     bn_weight: float = 1.0
     bn_relative: bool = field(default=False, metadata={"described": "unless default"})
+    swing: bool = field(default=False, metadata={"described": "unless default"})
     match_weight: float = 1.0
     diversity_weight: float = 1.0
     diversity_threshold: float = 0.0
