@@ -1,4 +1,4 @@
-"""Two plots of benchmark rows: accuracy against what it cost, and sharpness against accuracy.
+"""Plots of benchmark rows: accuracy against what it cost, and sharpness against accuracy; correlations.
 
     python benchmarks/plots.py runs/bench-w2a2/rows.jsonl runs/bench-sadag_quick/rows.jsonl \
         --network cifar10_resnet20 cifar10_wrn16_1 --cost docs/cost.svg --sharpness docs/sharpness.svg
@@ -6,7 +6,8 @@
 Each file of rows is one budget, each network has axes of its own. Cost is the time of synthesis, refinement
 and reconstruction of a row; images are made once for all bits and count in full for each. Sharpness is that
 of the student's reconstruction loss on real labelled images relative to the loss, see `zsq.diagnose`; rows
-without diagnostics are left out there. Of rows of one cell the last one counts.
+without diagnostics are left out there. Of rows of one cell the last one counts. `--correlations` prints how
+top-1 goes with sharpness, with the loss itself and with the alignment of mean gradients.
 """
 
 import argparse
@@ -76,6 +77,29 @@ def draw_sharpness(rows: Sequence[Row], axes: Axes) -> None:
     axes.set(xlabel="sharpness on real images, relative to the loss", ylabel="top-1, percent")
 
 
+def correlations(rows: Sequence[Row]) -> str:
+    """Pearson's, of each network and bits, between top-1 and figures on real images; Markdown."""
+    lines = [
+        "| network | bits | rows | sharpness / loss | loss | alignment of means |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    cells: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if "diagnostics" in row:
+            cells.setdefault((row["network"], row["bits"]), []).append(row)
+    for (network, bits), members in cells.items():
+        found = [row["diagnostics"] for row in members]
+        figures = (
+            [d["others"]["sharpness"] / d["others"]["loss"] for d in found],
+            [d["others"]["loss"] for d in found],
+            [d["alignment"]["of_means"] for d in found],
+        )
+        top1 = [row["top1"] for row in members]
+        texts = [f"{statistics.correlation(figure, top1):.2f}" for figure in figures]
+        lines.append(f"| {network} | {bits} | {len(members)} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -85,8 +109,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--recipe", nargs="+", help="leave out other rows")
     parser.add_argument("--cost", type=Path, metavar="FILE", help=".svg or .png")
     parser.add_argument("--sharpness", type=Path, metavar="FILE", help=".svg or .png")
+    parser.add_argument("--correlations", action="store_true", help="print a table")
     options = parser.parse_args(arguments)
     budgets = [read_rows(path, options.bits, options.recipe) for path in options.rows]
+    if options.correlations:
+        print(correlations([row for rows in budgets for row in rows if row["network"] in options.network]))
     for path, draw in (
         (options.cost, draw_cost),
         (

@@ -85,6 +85,20 @@ def test_plots(tmp_path: Path) -> None:
     assert all("<svg" in file.read_text() for file in files)
 
 
+def test_correlations() -> None:
+    pytest.importorskip("matplotlib")
+    import plots
+
+    def row(top1: float, loss: float, means: float) -> dict[str, Any]:
+        found = {"others": {"sharpness": loss, "loss": loss}, "alignment": {"of_means": means}}
+        return {"network": "n", "bits": "W3A3", "top1": top1, "diagnostics": found}
+
+    rows = [row(40.0, 9.0, 0.1), row(50.0, 7.0, 0.3), row(45.0, 8.0, 0.2)]
+    for index, measured in enumerate(rows):
+        measured["diagnostics"]["others"]["sharpness"] *= 1 + index
+    assert "| n | W3A3 | 3 | 0.50 | -1.00 | 1.00 |" in plots.correlations([*rows, {"network": "n"}])
+
+
 def test_detections(tmp_path: Path) -> None:
     """Decoding, suppression and precision of a detector's output, small enough to count by hand."""
     from detector import Boxes, average_precision, decode, mean_average_precision, overlap, table
