@@ -74,6 +74,7 @@ def refined(
     settings: Refinement,
     bank: Gradients | None = None,
     seed: int = 0,
+    synthesis: Synthesis = SYNTHESIS,
 ) -> tuple[Tensor, Gradients, list[dict[str, float]]]:
     logged: list[dict[str, float]] = []
     images, found = refine_batch(
@@ -81,7 +82,7 @@ def refined(
         probe,
         batch,
         settings,
-        SYNTHESIS,
+        synthesis,
         bank=bank,
         rng=rng(seed),
         log=lambda step, values: logged.append(values),
@@ -95,19 +96,9 @@ def test_the_loss_of_synthesis_weighs_what_it_was(observer: Observer, probe: Pro
     _, _, (first, *_) = refined(observer, probe, batch, replace(plain, bn_relative=False))
     images, _, (relative, *_) = refined(observer, probe, batch, plain)
     assert relative["loss"] == pytest.approx(1.0, rel=1e-5) and relative["bn"] == pytest.approx(first["bn"])
-    logged: list[dict[str, float]] = []
     tenfold = replace(SYNTHESIS, bn_weight=10 * SYNTHESIS.bn_weight, image_weight=10 * SYNTHESIS.image_weight)
-    again, _ = refine_batch(
-        observer,
-        probe,
-        batch,
-        plain,
-        tenfold,
-        bank=None,
-        rng=rng(0),
-        log=lambda step, values: logged.append(values),
-    )
-    assert logged[0]["bn"] == pytest.approx(10 * first["bn"]) and logged[0]["loss"] == pytest.approx(1.0)
+    again, _, (scaled, *_) = refined(observer, probe, batch, plain, synthesis=tenfold)
+    assert scaled["bn"] == pytest.approx(10 * first["bn"]) and scaled["loss"] == pytest.approx(1.0)
     torch.testing.assert_close(again, images)
 
 

@@ -116,7 +116,7 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
     refinement = recipe.refinement
     if refinement is not None:
         steps, warmup_steps = REFINEMENT_COUNTS[budget, large]
-        faster = max(1.0, min(refinement.steps / steps, MAX_REFINEMENT_FACTOR))
+        faster = _faster(refinement.steps, steps, MAX_REFINEMENT_FACTOR)
         refinement = replace(
             refinement,
             steps=steps,
@@ -178,11 +178,16 @@ def _rounding_rate(published: float, steps: int, bits: int) -> float:
     return min(max(published, travel / steps), MAX_LR_ROUNDING)
 
 
+def _faster(published: int, steps: int, most: float) -> float:
+    """Factor of a rate for fewer steps: as many times as large as steps are fewer, at most `most`."""
+    return max(1.0, min(published / steps, most))
+
+
 def _faster_scales(published: Reconstruction, steps: int, activation_bits: int | None) -> Reconstruction:
     """At 2 bits, larger learning rates of step sizes for fewer steps."""
-    if activation_bits != 2 or steps >= published.steps:
+    if activation_bits != 2:
         return published
-    faster = min(published.steps / steps, MAX_SCALES_FACTOR_OF_2_BITS)
+    faster = _faster(published.steps, steps, MAX_SCALES_FACTOR_OF_2_BITS)
     return replace(
         published,
         lr_weight_scale=round(published.lr_weight_scale * faster, 9),

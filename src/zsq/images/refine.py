@@ -171,6 +171,9 @@ def refine_batch(
         """Where this step's neighbour searches start; a draw for every step that looks for neighbours."""
         return torch.randn(latents.shape, generator=rng)
 
+    def seen(shifts: Shifts | None) -> ForwardPass:
+        return observer(images_at(latents), *(() if shifts is None else (shifts,)))
+
     def of_synthesis(forward: ForwardPass) -> Tensor:
         image_loss = synthesis.image_weight * input_statistics(forward)
         return synthesis.bn_weight * bn_statistics(forward) + image_loss
@@ -178,13 +181,12 @@ def refine_batch(
     bn_weight: float | Tensor = settings.bn_weight
     if settings.bn_relative and settings.bn_weight > 0:
         with torch.no_grad():
-            still = ([[0, 0]] * num_swinging,) if num_swinging else ()
-            first = of_synthesis(observer(images_at(latents), *still))
+            first = of_synthesis(seen([[0, 0]] * num_swinging if num_swinging else None))
             bn_weight = settings.bn_weight / first.clamp(min=SMALLEST_LOSS)
 
     def learn(start: Tensor | None, shifts: Shifts | None) -> dict[str, Tensor]:
         parts: dict[str, tuple[float | Tensor, Tensor]] = {}
-        forward = observer(images_at(latents), *(() if shifts is None else (shifts,)))
+        forward = seen(shifts)
         if settings.bn_weight > 0:
             parts["bn"] = bn_weight, of_synthesis(forward)
         if matching or settings.diversity_weight > 0:
