@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zsq.errors import UsageError
 from zsq.graph.attention import attentions, softmax_before
 from zsq.graph.capture import capture
+from zsq.images.class_settings import ClassGuide
 from zsq.images.look_settings import Cosine, PatchSimilarity, Smoothness, Views
 from zsq.images.looks import (
     attention_patches,
@@ -23,7 +24,7 @@ from zsq.images.looks import (
     similarity_entropy,
     variation,
 )
-from zsq.images.pixel_settings import Centres, ClassGuide, PixelSynthesis
+from zsq.images.pixel_settings import Centres, PixelSynthesis
 from zsq.images.pixels import synthesize_pixels
 from zsq.images.prior import InputPrior, PixelLimits
 from zsq.images.schedules import Annealing

@@ -12,9 +12,11 @@ from torch import Tensor, fx
 from zsq.distributed import Group
 from zsq.errors import JobError, UsageError
 from zsq.graph.capture import capture
+from zsq.images.class_losses import labels_for
+from zsq.images.class_settings import ClassGuide
 from zsq.images.forward import observe
-from zsq.images.pixel_settings import Centres, ClassGuide, Crops, PixelSynthesis, StatisticsMatch
-from zsq.images.pixels import labels_for, optimise_pixels, synthesize_pixels
+from zsq.images.pixel_settings import Centres, Crops, PixelSynthesis, StatisticsMatch
+from zsq.images.pixels import optimise_pixels, synthesize_pixels
 from zsq.images.prior import InputPrior
 from zsq.images.statistics import StatisticsDistance
 
@@ -150,14 +152,14 @@ def test_labels_of_batches(residual: fx.GraphModule) -> None:
     finished: Pieces = {}
     make(residual, settings, finished)
     labels = torch.cat([finished[name]["labels"] for name in sorted(finished)])
-    expected = labels_for(residual, settings, 0)
+    expected = labels_for(residual, settings.classes, settings.num_images, 0)
     assert expected is not None and torch.equal(labels, expected)
     assert sorted(torch.bincount(labels, minlength=5).tolist()) == [4, 4, 5, 5, 5]
     assert all(len(piece["labels"]) == len(piece["images"]) for piece in finished.values())
     plain: Pieces = {}
     make(residual, SHORT, plain)
     assert all(list(piece) == ["images"] for piece in plain.values())
-    assert labels_for(residual, SHORT, 0) is None
+    assert labels_for(residual, SHORT.classes, 4, 0) is None
 
 
 def test_centres_have_each_class_once(residual: fx.GraphModule) -> None:
@@ -217,7 +219,7 @@ def test_errors(residual: fx.GraphModule) -> None:
     with pytest.raises(UsageError, match="no BatchNorm.*--images"):
         make(capture(NoBatchNorm().eval(), SIZE), SHORT)
     with pytest.raises(UsageError, match=r"shape \(N, 8, 25\)"):
-        labels_for(capture(trained(Swapped()), SIZE), GUIDED, 0)
+        labels_for(capture(trained(Swapped()), SIZE), GUIDED.classes, 4, 0)
     with pytest.raises(JobError, match="diverged.*synthesis.lr"):
         make(residual, replace(SHORT, lr=float("inf")))
     for settings, match in (

@@ -21,8 +21,10 @@ from zsq.images.gradients import (
     gradient_probe,
     similarity,
 )
+from zsq.images.losses import InputStatistics
 from zsq.images.refine import find_neighbours, refine, refine_batch
 from zsq.images.settings import Filter, Refinement, Synthesis
+from zsq.images.synthesis_loss import SynthesisLoss
 from zsq.images.synthesize import Batch, batch_from_piece, synthesize
 
 SYNTHESIS = Synthesis(num_images=12, batch_size=12, steps=30, latent_size=16)
@@ -82,7 +84,7 @@ def refined(
         probe,
         batch,
         settings,
-        synthesis,
+        SynthesisLoss(synthesis, InputStatistics()),
         bank=bank,
         rng=rng(seed),
         log=lambda step, values: logged.append(values),

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from zsq.errors import UsageError
-from zsq.images.pixel_settings import Centres, ClassGuide, PixelSynthesis
+from zsq.images.class_settings import ClassGuide
+from zsq.images.pixel_settings import Centres, PixelSynthesis
 from zsq.images.settings import Filter
 from zsq.models import Teacher
 from zsq.pipeline import quantize, synthesize_images

@@ -16,9 +16,11 @@ import zsq.images.synthesize as synthesize_module
 import zsq.recover.learn_unit as learn_unit_module
 from zsq.images.forward import observe
 from zsq.images.gradients import gradient_probe
+from zsq.images.losses import InputStatistics
 from zsq.images.prior import InputPrior
 from zsq.images.refine import refine_batch
 from zsq.images.settings import Refinement, Synthesis
+from zsq.images.synthesis_loss import SynthesisLoss
 from zsq.images.synthesize import Batch, synthesize_batch
 from zsq.recipe import Calibration, Reconstruction
 from zsq.recover.reconstruct import reconstruct
@@ -127,7 +129,7 @@ def test_tables_of_a_refinement_are_its_steps(monkeypatch: pytest.MonkeyPatch) -
             probe,
             made,
             settings,
-            SYNTHESIS,
+            SynthesisLoss(SYNTHESIS, InputStatistics()),
             bank=None,
             rng=rng(1),
             log=lambda step, values: logs.append((step, values)),

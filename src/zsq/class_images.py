@@ -6,10 +6,11 @@ from torch import Tensor, fx
 from zsq.account import Account
 from zsq.distributed import spread
 from zsq.images.class_losses import number_of_classes
+from zsq.images.class_settings import ClassGuide
 from zsq.images.forward import observe
 from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.generator_training import GeneratorTraining, warm_up
-from zsq.images.pixel_settings import ClassGuide, PixelSynthesis
+from zsq.images.pixel_settings import PixelSynthesis
 from zsq.images.pixels import make_centres
 from zsq.images.prior import input_prior
 from zsq.models import ModelSpec

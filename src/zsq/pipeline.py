@@ -26,7 +26,7 @@ from zsq.graph.capture import capture, moved
 from zsq.images.class_losses import number_of_classes
 from zsq.images.forward import observe
 from zsq.images.generator_settings import GeneratorSynthesis
-from zsq.images.pixel_settings import PixelSynthesis, needs_statistics
+from zsq.images.pixel_settings import MadeInBatches, needs_statistics
 from zsq.images.prior import input_prior
 from zsq.images.prompts import TextToImage
 from zsq.images.settings import Synthesis
@@ -306,7 +306,7 @@ def _check_graph(graph: fx.GraphModule, settings: Recipe, teacher: Teacher) -> N
         observe(graph)
     if isinstance(settings.synthesis, GeneratorSynthesis):
         check_generator(graph)
-    if isinstance(settings.synthesis, PixelSynthesis) and settings.synthesis.classes is not None:
+    if isinstance(settings.synthesis, MadeInBatches) and settings.synthesis.classes is not None:
         number_of_classes(graph)
     if isinstance(settings.synthesis, TextToImage):
         mode_of(teacher.spec)

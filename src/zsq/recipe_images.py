@@ -102,7 +102,7 @@ def make_images(
     keep = isinstance(source, Synthesis) and (keep_sources or refines(settings))
     images = _synthesize(graph, source, teacher.spec, seed, state, account, keep_sources=keep)
     labels = None
-    if isinstance(source, PixelSynthesis) and source.classes is not None:
+    if source.classes is not None:
         labels = torch.cat([state[name]["labels"] for name in batch_names(source)])
     return ImageSet(images.to(device), labels)
 

@@ -1,6 +1,7 @@
 """Losses of images that are to be of a class: functions of logits, labels and features."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from zsq.errors import UsageError
+from zsq.graph.tensors import device_of
+from zsq.images.class_settings import ClassGuide
 from zsq.images.forward import ForwardPass
-from zsq.images.pixel_settings import ClassGuide
+from zsq.rng import rng_for
 
 
 def number_of_classes(graph_module: fx.GraphModule) -> int:
@@ -44,6 +47,37 @@ def balanced_labels(num_images: int, num_classes: int, rng: torch.Generator) -> 
     """
     order = torch.randperm(num_classes, generator=rng)
     return order.repeat(-(-num_images // num_classes))[:num_images]
+
+
+def labels_for(
+    teacher: fx.GraphModule, classes: ClassGuide | None, num_images: int, seed: int
+) -> Tensor | None:
+    """The labels (N,), int64, of the images of a seed, in their order; None if they have no class.
+
+    Raises:
+        UsageError: the teacher returns no classes.
+    """
+    if classes is None:
+        return None
+    return balanced_labels(num_images, number_of_classes(teacher), rng_for(seed, "labels"))
+
+
+def second_for(
+    teacher: fx.GraphModule, classes: ClassGuide | None, labels: Tensor | None, seed: int
+) -> Tensor | None:
+    """The second classes of images with such labels, (N,); None if the settings ask for none.
+
+    Raises:
+        UsageError: the teacher has fewer than three classes.
+    """
+    if labels is None or classes is None or classes.second_share == 0:
+        return None
+    return second_labels(labels, number_of_classes(teacher), rng_for(seed, "second labels"))
+
+
+def by_batch(labels: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
+    """Labels of all images, split into those of batches of such sizes; None for each if there are none."""
+    return [None] * len(sizes) if labels is None else labels.split(list(sizes))
 
 
 @dataclass(frozen=True)
@@ -225,3 +259,32 @@ class ClassLosses:
             )
             losses["distance"] = settings.distance_weight * distance
         return losses
+
+
+def class_losses(
+    teacher: fx.GraphModule,
+    settings: ClassGuide,
+    labels: Tensor,
+    second: Tensor | None,
+    rng: torch.Generator,
+    *,
+    views: int = 1,
+) -> ClassLosses:
+    """The losses of a batch whose classes are known.
+
+    Args:
+        teacher: captured network, on the device to compute on.
+        settings: which losses.
+        labels: (N,), int64.
+        second: (N,), int64; None: images are of one class.
+        rng: on the CPU; draws the targets of probabilities.
+        views: of each image that a pass has, one set after the other.
+
+    Raises:
+        UsageError: the teacher returns no classes.
+    """
+    targets = soft_targets(len(labels), share=settings.soft_share, lowest=settings.soft_lowest, rng=rng)
+    device = device_of(teacher)
+    own, targets = (values.to(device).repeat(views) for values in (labels, targets))
+    both = None if second is None else SecondClass(second.to(device).repeat(views), settings.second_share)
+    return ClassLosses(settings, own, targets, number_of_classes(teacher), both)

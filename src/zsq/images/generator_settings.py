@@ -5,7 +5,7 @@ from typing import Literal
 
 from zsq.errors import UsageError
 from zsq.images.pixel_settings import Centres, StatisticsMatch
-from zsq.images.settings import at_least, one_of, share_of_second
+from zsq.images.setting_checks import at_least, one_of, share_of_second
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from zsq.images.forward import ForwardPass
 from zsq.images.prior import STANDARD, InputPrior, constant
 
+Looks = tuple[Tensor, Tensor]  # mean and deviation of every channel of every image, (N, C)
 STATISTICS_KERNEL = ("cpu", "cuda")  # devices that have the reduction kernel of BatchNorm
 
 
@@ -165,23 +166,40 @@ class BatchNormStatistics:
 class InputStatistics:
     """Distance of every single image from the expected mean and deviation.
 
-    Average over images of the sum over channels of mu^2 + (sigma - 1)^2; mu and sigma (unbiased) over the
-    pixels of one channel of one image, both relative to the prior: (mu - mean) / std and sigma / std.
+    Average over images of the sum over channels of (mu - m)^2 + (sigma - s)^2; mu and sigma (unbiased) over
+    the pixels of one channel of one image, both relative to the prior: (mu - mean) / std and sigma / std.
 
     Attributes:
         prior: expected mean and deviation of each channel; the published ones are 0 and 1.
+        looks: m and s, each (N, C), relative to the prior; None is 0 and 1, as published.
 
     Source: Genie's code (see arXiv:2212.04780).
     """
 
     prior: InputPrior = STANDARD
+    looks: Looks | None = None
 
     def __call__(self, forward: ForwardPass) -> Tensor:
-        n, c, h, w = forward.images.shape
-        mean, std = channel_statistics(forward.images.reshape(1, n * c, h, w))
-        if not self.prior.is_standard:
-            shift, scale = (
-                constant(v, mean.device).to(mean.dtype).repeat(n) for v in (self.prior.mean, self.prior.std)
-            )
-            mean, std = (mean - shift) / scale, std / scale
-        return (mean.square() + (std - 1).square()).sum() / n
+        mean, std = image_statistics(forward.images, self.prior)
+        if self.looks is not None:
+            middle, spread = (values.reshape(-1) for values in self.looks)
+            return ((mean - middle).square() + (std - spread).square()).sum() / len(forward.images)
+        return (mean.square() + (std - 1).square()).sum() / len(forward.images)
+
+
+def image_statistics(images: Tensor, prior: InputPrior) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased deviation of the pixels of every channel of every image, relative to the prior.
+
+    Args:
+        images: (N, C, H, W), normalised.
+        prior: mean and deviation that count as 0 and 1.
+
+    Returns:
+        mean and deviation, each (N * C,).
+    """
+    n, c, h, w = images.shape
+    mean, std = channel_statistics(images.reshape(1, n * c, h, w))
+    if not prior.is_standard:
+        shift, scale = (constant(v, mean.device).to(mean.dtype).repeat(n) for v in (prior.mean, prior.std))
+        mean, std = (mean - shift) / scale, std / scale
+    return mean, std

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from zsq.graph.tensors import device_of
-from zsq.images.class_losses import ClassLosses, SecondClass, number_of_classes, soft_targets
+from zsq.images.class_losses import class_losses
 from zsq.images.forward import ForwardPass, Observer, observe
 from zsq.images.look_settings import PatchSimilarity
 from zsq.images.looks import disagreement, mean_square, patch_cosines, similarity_entropy, variation
@@ -58,11 +58,8 @@ def pixel_objective(
     parts: list[Part] = []
     if classes is not None:
         assert labels is not None
-        soft = soft_targets(shape[0], share=classes.soft_share, lowest=classes.soft_lowest, rng=rng)
         views = 2 if agreement > 0 else 1
-        asked = (labels.to(device).repeat(views), soft.to(device).repeat(views))
-        both = None if second is None else SecondClass(second.to(device).repeat(views), classes.second_share)
-        parts.append(ClassLosses(classes, *asked, number_of_classes(teacher), both))
+        parts.append(class_losses(teacher, classes, labels, second, rng, views=views))
     if settings.bn is not None:
         slack = _slack(observer, settings.bn, shape, rng, device, prior)
         parts.insert(0, _weighted("bn", settings.bn.weight, StatisticsDistance(settings.bn, slack)))

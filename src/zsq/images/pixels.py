@@ -1,7 +1,7 @@
 """Synthesise images as pixels, one batch at a time, each image of a class where the settings say so."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -11,12 +11,13 @@ from torch import Tensor, fx
 from zsq.distributed import ALONE, Group, spread
 from zsq.graph.tensors import device_of
 from zsq.health import Watch
-from zsq.images.class_losses import balanced_labels, number_of_classes, second_labels
+from zsq.images.class_losses import by_batch, labels_for, number_of_classes, second_for
+from zsq.images.class_settings import ClassGuide
 from zsq.images.crops import crop, draw_crops
 from zsq.images.forward import observe
 from zsq.images.looks import moved
 from zsq.images.pixel_objective import Targets, pixel_objective
-from zsq.images.pixel_settings import ClassGuide, PixelSynthesis
+from zsq.images.pixel_settings import PixelSynthesis
 from zsq.images.prior import STANDARD, InputPrior, PixelLimits
 from zsq.images.schedules import LOGS_A_BATCH, Annealing, Plateau, check_finite
 from zsq.images.statistics import pooled_statistics
@@ -63,10 +64,10 @@ def synthesize_pixels(
         JobError: the optimisation diverged.
     """
     names = batch_names(settings)
-    labels = labels_for(teacher, settings, seed)
+    labels = labels_for(teacher, settings.classes, settings.num_images, seed)
     sizes = batch_sizes(settings.num_images, settings.batch_size)
-    parts = _by_batch(labels, sizes)
-    seconds = _by_batch(_second_for(teacher, settings, labels, seed), sizes)
+    parts = by_batch(labels, sizes)
+    seconds = by_batch(second_for(teacher, settings.classes, labels, seed), sizes)
     advice = room_advice(settings)
     targets: Targets | None = None
     if settings.centres is not None and any(name not in finished for name in names):
@@ -104,29 +105,6 @@ def synthesize_pixels(
 
     spread(names, make, finished, group)
     return torch.cat([finished[name]["images"] for name in names])
-
-
-def labels_for(teacher: fx.GraphModule, settings: PixelSynthesis, seed: int) -> Tensor | None:
-    """The labels (N,), int64, of the images of a seed, in their order; None if they have no class.
-
-    Raises:
-        UsageError: the teacher returns no classes.
-    """
-    if settings.classes is None:
-        return None
-    return balanced_labels(settings.num_images, number_of_classes(teacher), rng_for(seed, "labels"))
-
-
-def _by_batch(labels: Tensor | None, sizes: tuple[int, ...]) -> Sequence[Tensor | None]:
-    return [None] * len(sizes) if labels is None else labels.split(sizes)
-
-
-def _second_for(
-    teacher: fx.GraphModule, settings: PixelSynthesis, labels: Tensor | None, seed: int
-) -> Tensor | None:
-    if labels is None or settings.classes is None or settings.classes.second_share == 0:
-        return None
-    return second_labels(labels, number_of_classes(teacher), rng_for(seed, "second labels"))
 
 
 def centre_names(num_classes: int, settings: PixelSynthesis) -> list[str]:

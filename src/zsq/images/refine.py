@@ -20,11 +20,12 @@ from zsq.images.gradients import (
     joined,
     similarity,
 )
-from zsq.images.losses import BatchNormStatistics, InputStatistics
 from zsq.images.prior import STANDARD, InputPrior
 from zsq.images.schedules import LOGS_A_BATCH, check_finite, generator_rates, latent_optimizer
 from zsq.images.settings import Refinement, Synthesis
+from zsq.images.synthesis_loss import SynthesisLoss, needs, synthesis_loss
 from zsq.images.synthesize import Batch
+from zsq.images.variety import looks_of
 from zsq.images.views import Shifts, draw_shifts, swing
 from zsq.kernels import computing_in
 from zsq.replay import Course, Replay, can_record
@@ -76,25 +77,36 @@ def refine(
     images: list[Tensor] = []
     bank: Gradients | None = None
     device = device_of(teacher)
-    observer, num_swinging = observe(teacher, logits=True), 0
+    needed = needs(synthesis)
+    observer, num_swinging = observe(teacher, **(needed | {"logits": True})), 0
     if settings.swing:
         view, num_swinging = swing(teacher)
-        observer = observe(view, fold=True) if num_swinging else observer
+        observer = observe(view, fold=True, **needed) if num_swinging else observer
     for index, batch in enumerate(batches):
         name = refined_name(index)
         piece = finished.get(name)
         if piece is None:
+            made, rng = batch(), rng_for(seed, "refinement", index)
+            expected = prior or STANDARD
+            objective = synthesis_loss(
+                teacher,
+                synthesis,
+                expected,
+                looks=None if synthesis.variety is None else looks_of(made.images, expected),
+                labels=made.labels,
+                second=made.second,
+                rng=rng,
+            )
             result, found = refine_batch(
                 observer,
                 probe,
-                batch(),
+                made,
                 settings,
-                synthesis,
+                objective,
                 bank=bank,
                 num_swinging=num_swinging,
-                rng=rng_for(seed, "refinement", index),
+                rng=rng,
                 log=lambda step, values, name=name: log(name, step, values),  # type: ignore[misc]
-                prior=prior,
                 where=f"batch {index + 1}",
             )
             piece = finished[name] = {"images": result.cpu(), **_named(found)}
@@ -108,26 +120,27 @@ def refine_batch(
     probe: Probe,
     batch: Batch,
     settings: Refinement,
-    synthesis: Synthesis,
+    objective: SynthesisLoss,
     *,
     bank: Gradients | None,
     rng: torch.Generator,
     log: Callable[[int, dict[str, float]], None],
     num_swinging: int = 0,
-    prior: InputPrior | None = None,
     where: str = "",
 ) -> tuple[Tensor, Gradients]:
     """Train a copy of a batch's latents and generator further.
 
-    Loss, each part with its weight: that of synthesis on the images, see `Refinement.swing`;
+    Loss, each part with its weight: that of synthesis on the images, see `Refinement.swing`, in which images
+    that differ in their looks are held to what they have of them;
     `gradient_match` with the neighbours that the same generator makes of latents at `radius`; `diversity`.
     The neighbours' offsets are constants, the gradient passes through both members of a pair.
 
     Args:
-        observer: the teacher with logits, or a swinging view of it without.
+        observer: of the teacher, with logits, or of a swinging view of it, which need not have them.
         probe: see `refine`.
         batch: left as it is.
-        settings, synthesis, prior: see `refine`.
+        settings: see `refine`.
+        objective: the loss of synthesis.
         bank: directions of finished images, without history; None if there are none.
         rng: on the CPU; draws the starts of the neighbour searches.
         log: called as log(step, values) about 20 times.
@@ -143,12 +156,11 @@ def refine_batch(
     Source: SADAG (arXiv:2510.07018) and its code.
     """
     latents = batch.latents.clone().requires_grad_()
-    device, prior = latents.device, prior or STANDARD
+    device, prior = latents.device, objective.image.prior
     generator = copy.deepcopy(batch.generator).requires_grad_(True)
     parameters = [latents, *generator.parameters()]
     optimizer, plateau = latent_optimizer(latents, generator, settings, patience=settings.plateau_patience)
-    bn_statistics, input_statistics = BatchNormStatistics(), InputStatistics(prior)
-    reduced = computing_in(synthesis.precision, device)
+    reduced = computing_in(objective.settings.precision, device)
 
     def images_at(point: Tensor) -> Tensor:
         with reduced:
@@ -174,21 +186,17 @@ def refine_batch(
     def seen(shifts: Shifts | None) -> ForwardPass:
         return observer(images_at(latents), *(() if shifts is None else (shifts,)))
 
-    def of_synthesis(forward: ForwardPass) -> Tensor:
-        image_loss = synthesis.image_weight * input_statistics(forward)
-        return synthesis.bn_weight * bn_statistics(forward) + image_loss
-
     bn_weight: float | Tensor = settings.bn_weight
     if settings.bn_relative and settings.bn_weight > 0:
         with torch.no_grad():
-            first = of_synthesis(seen([[0, 0]] * num_swinging if num_swinging else None))
+            first, _ = objective(seen([[0, 0]] * num_swinging if num_swinging else None))
             bn_weight = settings.bn_weight / first.clamp(min=SMALLEST_LOSS)
 
     def learn(start: Tensor | None, shifts: Shifts | None) -> dict[str, Tensor]:
         parts: dict[str, tuple[float | Tensor, Tensor]] = {}
         forward = seen(shifts)
         if settings.bn_weight > 0:
-            parts["bn"] = bn_weight, of_synthesis(forward)
+            parts["bn"] = bn_weight, objective(forward)[0]
         if matching or settings.diversity_weight > 0:
             own = directions(probe(forward.images, forward.logits))
         if start is not None:

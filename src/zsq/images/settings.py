@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from zsq.errors import UsageError
+from zsq.images.class_settings import ClassGuide
+from zsq.images.look_settings import Variety
+from zsq.images.setting_checks import at_least, one_of, plateau_factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +31,15 @@ class Synthesis:
             0.31 and 0.50 with 4000.
         swing: shift the input of every strided convolution by up to one pixel, at random, in every step.
         bn_weight: factor of the distance to the BatchNorm statistics.
-        image_weight: factor of the distance of each image to mean 0 and deviation 1.
+        image_weight: factor of the distance of each image to mean 0 and deviation 1, or to its `variety`.
         cooldown: share of the steps, the last ones, over which both learning rates fall linearly to 0.
         converged: a batch ends early when the mean loss of its last 50 steps is not lower by this share than
             that of the 50 before; 0 never ends it early.
         reuse_steps: steps of every batch but the first, which then starts from the generator that the first
             one trained (its latents are its own); 0 gives each batch a fresh generator and `steps` steps.
         precision: of convolutions and matrix products; statistics, images and parameters are always float32.
+        classes: what is asked of an image's class; None, as published: images have no class.
+        variety: how images differ from one another in brightness and contrast; None, as published: not.
     """
 
     num_images: int = 1024
@@ -56,6 +61,8 @@ class Synthesis:
     converged: float = 0.0
     reuse_steps: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
+    classes: ClassGuide | None = None
+    variety: Variety | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size"):
@@ -183,43 +190,6 @@ class Filter:
     def chain(self) -> "tuple[Filter, ...]":
         """This filter and those after it, in order."""
         return (self, *(self.then.chain if self.then is not None else ()))
-
-
-def share_of_second(name: str, share: float) -> None:
-    """Refuse what is no share of an image's second class: at most that of its first."""
-    if not 0 <= share <= 0.5:
-        raise UsageError(f"{name} is {share}. Expected 0 to 0.5, the share of the second of two classes.")
-
-
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Check a setting that is one of several texts.
-
-    Raises:
-        UsageError: it is none of them.
-    """
-    if value not in allowed:
-        raise UsageError(f"{name} is {value!r}. Expected {', '.join(allowed[:-1])} or {allowed[-1]}.")
-
-
-def at_least(lowest: int, stage: str, settings: object, names: tuple[str, ...]) -> None:
-    """Check numbers of a stage's settings against a lowest value.
-
-    Raises:
-        UsageError: one is below it, or not a number.
-    """
-    for name in names:
-        if not getattr(settings, name) >= lowest:
-            raise UsageError(f"{stage}.{name} is {getattr(settings, name)}. Expected at least {lowest}.")
-
-
-def plateau_factor(stage: str, factor: float) -> None:
-    """Check the factor by which a learning rate falls.
-
-    Raises:
-        UsageError: it is not between 0 and 1.
-    """
-    if not 0 < factor < 1:
-        raise UsageError(f"{stage}.plateau_factor is {factor}. Expected a number between 0 and 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

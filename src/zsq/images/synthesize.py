@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from zsq.distributed import ALONE, Group, spread
 from zsq.graph.tensors import device_of
 from zsq.health import Watch
+from zsq.images.class_losses import by_batch, labels_for, second_for
 from zsq.images.forward import observe
-from zsq.images.losses import BatchNormStatistics, InputStatistics
 from zsq.images.pixel_settings import MadeInBatches
 from zsq.images.prior import STANDARD, InputPrior
 from zsq.images.schedules import (
@@ -27,6 +27,8 @@ from zsq.images.schedules import (
 )
 from zsq.images.settings import Synthesis
 from zsq.images.sources import LatentGenerator
+from zsq.images.synthesis_loss import needs, synthesis_loss
+from zsq.images.variety import draw_looks
 from zsq.images.views import Shifts, draw_shifts, swing
 from zsq.kernels import computing_in, reproducible
 from zsq.out_of_memory import no_room
@@ -49,11 +51,15 @@ class Batch:
             `generator(latents)`.
         latents: (N, latent_size).
         generator: trained for these latents.
+        labels: (N,) int64, the classes that the images were made for; None if they have none.
+        second: (N,) int64, their second classes; None if they have one each.
     """
 
     images: Tensor
     latents: Tensor
     generator: LatentGenerator
+    labels: Tensor | None = None
+    second: Tensor | None = None
 
 
 def synthesize(
@@ -71,15 +77,17 @@ def synthesize(
     """Images in batches that know nothing of one another; each has its own stream of `seed`.
 
     With `settings.reuse_steps` all batches start from the generator of the first one; they still know nothing
-    of each other and can be made in any order after it.
+    of each other and can be made in any order after it. With classes, all images together have each class
+    equally often, and so has every batch.
 
     Args:
         teacher: captured network with its BatchNorm layers, on the device to compute on; untouched.
         settings: how many, and how.
         input_size: (C, H, W) of the teacher's images.
         seed: batch k draws from the stream ("synthesis", k) of it, so batches can be made in any order.
-        finished: {"images": ...} of finished batches by name; those found there are taken over, others added.
-            With `reuse_steps`, the first one's also has its latents and the parameters of its generator.
+        finished: {"images", and with classes "labels", (N,) int64} of finished batches by name; those found
+            there are taken over, others added. With `reuse_steps`, the first one's also has its latents and
+            the parameters of its generator.
         log: called as log(batch name, step, steps, values) a few times a batch.
         prior: mean and deviation that the images start from and are held to; None for 0 and 1.
         group: processes that make a batch each at a time; all get all images, the same bits whatever their
@@ -91,11 +99,14 @@ def synthesize(
         (num_images, C, H, W), normalised, float32, on the CPU.
 
     Raises:
-        UsageError: the teacher has no BatchNorm.
+        UsageError: the teacher has none of the BatchNorm layers or classes that the settings ask for.
         JobError: the optimisation diverged.
     """
     sizes = batch_sizes(settings.num_images, settings.batch_size)
     names = batch_names(settings)
+    labels = labels_for(teacher, settings.classes, settings.num_images, seed)
+    parts = by_batch(labels, sizes)
+    seconds = by_batch(second_for(teacher, settings.classes, labels, seed), sizes)
 
     advice = room_advice(settings)
 
@@ -108,6 +119,8 @@ def synthesize(
                 own,
                 input_size,
                 sizes[index],
+                labels=parts[index],
+                second=seconds[index],
                 rng=rng_for(seed, "synthesis", index),
                 log=partial(log_batch, log, names[index], own.steps),
                 prior=prior,
@@ -134,7 +147,9 @@ def piece_of(batch: Batch, *, keep_source: bool) -> dict[str, Tensor]:
     """A batch as tensors by name, on the CPU; without its latents and generator unless they are wanted."""
     source = {f"{GENERATOR}{name}": tensor.cpu() for name, tensor in batch.generator.state_dict().items()}
     kept = {"latents": batch.latents.cpu(), **source} if keep_source else {}
-    return {"images": batch.images.cpu(), **kept}
+    classes = {"labels": batch.labels, "second": batch.second}
+    known = {name: labels.cpu() for name, labels in classes.items() if labels is not None}
+    return {"images": batch.images.cpu(), **known, **kept}
 
 
 def batch_from_piece(piece: Mapping[str, Tensor], device: torch.device) -> Batch:
@@ -143,7 +158,13 @@ def batch_from_piece(piece: Mapping[str, Tensor], device: torch.device) -> Batch
     size: Any = tuple(piece["images"].shape[1:])
     generator = LatentGenerator(size, latent_size=latents.shape[1], rng=torch.Generator())
     generator.load_state_dict(_generator_state(piece))
-    return Batch(piece["images"].to(device), latents, generator.to(device).requires_grad_(False))
+    return Batch(
+        piece["images"].to(device),
+        latents,
+        generator.to(device).requires_grad_(False),
+        piece.get("labels"),
+        piece.get("second"),
+    )
 
 
 def _generator_state(piece: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -159,23 +180,27 @@ def synthesize_batch(
     *,
     rng: torch.Generator,
     log: Callable[[int, dict[str, float]], None],
+    labels: Tensor | None = None,
+    second: Tensor | None = None,
     prior: InputPrior | None = None,
     start: Mapping[str, Tensor] | None = None,
     where: str = "",
 ) -> Batch:
     """Train latents and a fresh generator together so that the teacher's BatchNorm statistics are reproduced.
 
-    Loss: sum over BatchNorm layers of `bn_statistics_distance`, plus `InputStatistics`, each with its weight.
-    The images are those of the latents and the generator after the last step.
+    The loss is `SynthesisLoss`. The images are those of the latents and the generator after the last step.
 
     Args:
         teacher: captured network with its BatchNorm layers, on the device to compute on; untouched.
         settings: of the recipe; `num_images` and `batch_size` are not read.
         input_size: (C, H, W) of the teacher's images.
         num_images: images of this batch.
-        rng: on the CPU; draws latents, parameters of the generator and shifts, in this order.
+        rng: on the CPU; draws latents, parameters of the generator, looks, targets of classes and shifts, in
+            this order.
         log: called as log(step, values) about 20 times; only then the host waits for the device. The learning
             rates are those of the next step.
+        labels: (num_images,), int64; None if the settings ask for no class.
+        second: (num_images,), int64; None if they ask for no second class.
         prior: mean and deviation that the images start from and are held to; None for 0 and 1.
         start: state dict of a generator to start from; None for fresh parameters.
         where: how to call the batch in an error.
@@ -187,15 +212,19 @@ def synthesize_batch(
     Source: GENIE-D (arXiv:2212.04780), learning rates as its code applies them (latents 0.1, generator 0.01).
     """
     device = device_of(teacher)
-    view, num_swinging = swing(teacher)
-    observer = observe(view, fold=True)
     prior = prior or STANDARD
-    bn_statistics, input_statistics = BatchNormStatistics(), InputStatistics(prior)
     latents = torch.randn(num_images, settings.latent_size, generator=rng).to(device).requires_grad_()
     generator = LatentGenerator(input_size, latent_size=settings.latent_size, rng=rng)
     if start is not None:
         generator.load_state_dict(start)
     generator = generator.to(device)
+    looks = None
+    if settings.variety is not None:
+        mean, std = draw_looks(num_images, input_size[0], settings.variety, rng)
+        looks = mean.to(device), std.to(device)
+    objective = synthesis_loss(teacher, settings, prior, looks=looks, labels=labels, second=second, rng=rng)
+    view, num_swinging = swing(teacher)
+    observer = observe(view, fold=True, **needs(settings))
     parameters = [latents, *generator.parameters()]
     patience, interval = schedule(settings)
     optimizer, plateau = latent_optimizer(latents, generator, settings, patience=patience)
@@ -211,19 +240,19 @@ def synthesize_batch(
     rates = generator_rates(settings, interval=interval)
     factors = [cooling(step, settings) for step in range(settings.steps + 1)]
 
-    def learn(shifts: Shifts) -> tuple[Tensor, Tensor, Tensor]:
+    def learn(shifts: Shifts) -> dict[str, Tensor]:
         with reduced:
             images = prior.apply(generator(latents))
             forward = observer(images.contiguous(memory_format=torch.channels_last), shifts)
-        bn_loss, image_loss = bn_statistics(forward), input_statistics(forward)
-        loss = settings.bn_weight * bn_loss + settings.image_weight * image_loss
+        loss, found = objective(forward)
         optimizer.zero_grad()
         loss.backward(inputs=parameters)
         optimizer.step()
         plateau.step(loss.detach())
-        return loss, bn_loss, image_loss
+        return {"loss": loss, **found}
 
     of_latents, of_generator = optimizer.param_groups
+    names: list[str] = []
     recorded = None
     if can_record(device):
         drawn = [draw_shifts(num_swinging, rng) for _ in range(settings.steps if settings.swing else 0)]
@@ -240,25 +269,25 @@ def synthesize_batch(
             of_latents["lr"].copy_(plateau.lr * row["rates"][0])
             of_generator["lr"].copy_(row["rates"][1])
             losses = learn(row.get("shifts", still))
-            watch.see(course.step, losses[:1])
+            names[:] = losses
+            watch.see(course.step, [losses["loss"]])
             course.advance()
-            return losses
+            return tuple(losses.values())
 
         recorded = Replay(learn_next, device)
     for step in range(settings.steps):
         if recorded is not None:
-            loss, bn_loss, image_loss = recorded()
+            losses = dict(zip(names, recorded(), strict=True))
         else:
-            loss, bn_loss, image_loss = learn(draw_shifts(num_swinging, rng) if settings.swing else still)
-            watch.see(step, [loss])
+            losses = learn(draw_shifts(num_swinging, rng) if settings.swing else still)
+            watch.see(step, [losses["loss"]])
             if factors[step + 1] < 1:
                 of_latents["lr"] = plateau.lr * factors[step + 1]
             of_generator["lr"] = rates[step + 1] * factors[step + 1]
-        ended = convergence.reached(step, loss.detach())
+        ended = convergence.reached(step, losses["loss"].detach())
         if step % log_every == 0 or step == settings.steps - 1 or ended:
             watch.check()
-            values = {"loss": loss, "bn": bn_loss, "image": image_loss, "lr_latent": plateau.lr}
-            shown = {name: value.item() for name, value in values.items()}
+            shown = {name: value.item() for name, value in (losses | {"lr_latent": plateau.lr}).items()}
             shown["lr_latent"] *= factors[step + 1]
             log(step, shown | {"lr_generator": rates[step + 1] * factors[step + 1]})
         if ended:
@@ -266,7 +295,7 @@ def synthesize_batch(
     with torch.no_grad(), reduced:
         images = prior.apply(generator(latents))
     check_finite(images, "synthesis", advice)
-    return Batch(images.contiguous(), latents.detach(), generator.requires_grad_(False))
+    return Batch(images.contiguous(), latents.detach(), generator.requires_grad_(False), labels, second)
 
 
 def batch_names(settings: MadeInBatches) -> list[str]:

@@ -66,8 +66,9 @@ Besides, for any recipe: `--set scheme.softmax=log2` gives softmax weights logar
 `--set norm_equalization=on` gives the channels after a LayerNorm one range (RepQ-ViT, arXiv:2212.08254).
 """
 
+from zsq.images.class_settings import ClassGuide
 from zsq.images.look_settings import Cosine, PatchSimilarity, Smoothness, Views
-from zsq.images.pixel_settings import ClassGuide, PixelSynthesis
+from zsq.images.pixel_settings import PixelSynthesis
 from zsq.recipe import Recipe, Reconstruction
 
 PSAQ_VIT = Recipe(

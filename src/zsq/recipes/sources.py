@@ -16,8 +16,9 @@ Common to all pixels, and other than in the published codes:
 
 from dataclasses import replace
 
+from zsq.images.class_settings import ClassGuide
 from zsq.images.generator_settings import GeneratorSynthesis
-from zsq.images.pixel_settings import Centres, ClassGuide, Crops, PixelSynthesis, StatisticsMatch
+from zsq.images.pixel_settings import Centres, Crops, PixelSynthesis, StatisticsMatch
 
 # ZeroQ (arXiv:2001.00281): no classes. Its code takes the statistics of each image on its own, where the
 # paper writes those of a batch, and squared norms over channels; it adds 1e-6 to the variances on both
