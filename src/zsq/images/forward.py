@@ -13,6 +13,7 @@ from zsq.graph.capture import weight_node
 from zsq.graph.fold import BATCH_NORM, fold_into, foldable
 from zsq.graph.tensors import get_tensor
 from zsq.images.looks import attention_patches
+from zsq.images.setting_checks import Units
 
 aten = torch.ops.aten
 # BatchNorm with stored statistics -> positions of input, running_mean, running_var, training (or None), eps.
@@ -30,6 +31,9 @@ BATCH_NORMS: dict[Any, tuple[int, int, int, int | None, int]] = {
 _Layer = tuple[str, Tensor, Tensor, float, Tensor | None]
 # Of a folded BatchNorm, |shift| in deviations of its output; beyond it bfloat16 rounds the deviation away.
 LARGEST_SHIFT = 16.0
+SMALLEST_VARIANCE = 1e-12  # that squared gaps are divided by
+# Variance of one layer in those of the middle one, beyond which gaps are in each layer's own units.
+LARGEST_VARIANCE = 300.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class NormInput:
     var: Tensor
     eps: float
     scale: Tensor | None = None
+
+    def mean_variance(self) -> Tensor:
+        """Mean over channels of the stored variances of what the layer receives, units squared; a scalar."""
+        var = self.var if self.scale is None else self.var / self.scale.square()
+        return var.mean().clamp(min=SMALLEST_VARIANCE)
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,27 @@ class Observer:
 def batch_norms(graph: fx.Graph) -> tuple[fx.Node, ...]:
     """The BatchNorm nodes of a graph that normalise with stored statistics, in order."""
     return tuple(node for node in graph.nodes if node.op == "call_function" and _has_statistics(node))
+
+
+def resolved_units(graph_module: fx.GraphModule, units: Units) -> Units:
+    """What "auto" stands for, see `Units`: "deviations" where one layer would count for all.
+
+    That is a network one of whose BatchNorms stored a variance of more than 300 times that of the middle one.
+    Those that take pixels as 0..255 have 1900 and 9100 in their first layer (cifar10_resnet8k,
+    imagenet_etinynet_1.0), 11 other networks 3 to 100 in one or another.
+
+    Args:
+        graph_module: captured network.
+        units: as in the settings.
+    """
+    if units != "auto":
+        return units
+    norms = batch_norms(graph_module.graph)
+    if not norms:
+        return "activations"
+    stored = torch.stack([_layer(graph_module, node)[2].float().mean() for node in norms])
+    far = bool(stored.max() > LARGEST_VARIANCE * stored.median())
+    return "deviations" if far else "activations"
 
 
 def observe(

@@ -23,7 +23,7 @@ from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.pixel_objective import Targets
 from zsq.images.prior import STANDARD, InputPrior
 from zsq.images.schedules import LOGS_A_BATCH, check_finite
-from zsq.images.statistics import StatisticsDistance, image_statistics, with_targets
+from zsq.images.statistics import StatisticsDistance, image_statistics, with_targets, with_units
 from zsq.images.synthesize import batch_sizes
 from zsq.kernels import computing_in
 
@@ -83,9 +83,10 @@ class GeneratorTraining:
         self.num_classes = number_of_classes(teacher)
         self._observer = observe(teacher, logits=True, fold=True)
         self._prior = prior or STANDARD
-        self._distance = StatisticsDistance(settings.bn)
+        match = with_units(settings.bn, teacher)
+        self._distance = StatisticsDistance(match)
         self._to_centres = StatisticsDistance(
-            replace(settings.bn, over="image", enhance=False, shallow=0.0, deep=1.0)
+            replace(match, over="image", enhance=False, shallow=0.0, deep=1.0)
         )
         self._centres: Targets | None = None
         if settings.centres is not None and centres is not None:

@@ -147,9 +147,11 @@ class BatchNormStatistics:
 
     Attributes:
         eps: added to the stored variances.
+        relative: each layer's distance is divided by the mean of its stored variances.
     """
 
     eps: float = 1e-6
+    relative: bool = False
 
     def __call__(self, forward: ForwardPass) -> Tensor:
         norms = forward.norms
@@ -158,6 +160,9 @@ class BatchNormStatistics:
         scales = [torch.ones_like(n.var) if n.scale is None else n.scale for n in norms]
         scale = None if all(n.scale is None for n in norms) else torch.cat(scales)
         gaps = _squared_gaps(*statistics, mean, var, self.eps, scale)
+        if self.relative:
+            weights = [(1 / (len(n.mean) * n.mean_variance())).expand(len(n.mean)) for n in norms]
+            return (gaps * torch.cat(weights)).sum()
         shares = tuple((len(norm.mean), 1 / len(norm.mean)) for norm in norms)
         return (gaps * _by_channel(shares, gaps.device, gaps.dtype)).sum()
 
@@ -180,14 +185,14 @@ class InputStatistics:
     looks: Looks | None = None
 
     def __call__(self, forward: ForwardPass) -> Tensor:
-        mean, std = image_statistics(forward.images, self.prior)
+        mean, std = pixel_statistics(forward.images, self.prior)
         if self.looks is not None:
             middle, spread = (values.reshape(-1) for values in self.looks)
             return ((mean - middle).square() + (std - spread).square()).sum() / len(forward.images)
         return (mean.square() + (std - 1).square()).sum() / len(forward.images)
 
 
-def image_statistics(images: Tensor, prior: InputPrior) -> tuple[Tensor, Tensor]:
+def pixel_statistics(images: Tensor, prior: InputPrior) -> tuple[Tensor, Tensor]:
     """Mean and unbiased deviation of the pixels of every channel of every image, relative to the prior.
 
     Args:

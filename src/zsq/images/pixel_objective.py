@@ -14,7 +14,7 @@ from zsq.images.looks import disagreement, mean_square, patch_cosines, similarit
 from zsq.images.losses import InputStatistics
 from zsq.images.pixel_settings import PixelSynthesis, StatisticsMatch
 from zsq.images.prior import InputPrior, constant
-from zsq.images.statistics import StatisticsDistance, slack_of, with_targets
+from zsq.images.statistics import StatisticsDistance, slack_of, with_targets, with_units
 from zsq.images.texture import natural_energies, texture_distance, texture_energies, texture_gains
 from zsq.kernels import computing_in
 
@@ -60,9 +60,10 @@ def pixel_objective(
         assert labels is not None
         views = 2 if agreement > 0 else 1
         parts.append(class_losses(teacher, classes, labels, second, rng, views=views))
-    if settings.bn is not None:
-        slack = _slack(observer, settings.bn, shape, rng, device, prior)
-        parts.insert(0, _weighted("bn", settings.bn.weight, StatisticsDistance(settings.bn, slack)))
+    match = None if settings.bn is None else with_units(settings.bn, teacher)
+    if match is not None:
+        slack = _slack(observer, match, shape, rng, device, prior)
+        parts.insert(0, _weighted("bn", match.weight, StatisticsDistance(match, slack)))
     if settings.image_weight > 0:
         parts.append(_weighted("image", settings.image_weight, InputStatistics(prior)))
     if settings.texture_weight > 0:
@@ -75,8 +76,8 @@ def pixel_objective(
                 lambda f: texture_distance(texture_energies(f.images.float(), gains), natural),
             )
         )
-    if settings.centres is not None and settings.bn is not None and targets is not None:
-        to_centres = StatisticsDistance(replace(settings.bn, shallow=0.0, deep=1.0))
+    if settings.centres is not None and match is not None and targets is not None:
+        to_centres = StatisticsDistance(replace(match, shallow=0.0, deep=1.0))
         centres = settings.centres.weight
         parts.append(_weighted("centres", centres, lambda f: to_centres(with_targets(f, targets))))
     if settings.patches is not None:

@@ -6,7 +6,7 @@ from typing import Literal
 from zsq.errors import UsageError
 from zsq.images.class_settings import ClassGuide
 from zsq.images.look_settings import Cosine, PatchSimilarity, Smoothness, Views
-from zsq.images.setting_checks import at_least, one_of, plateau_factor
+from zsq.images.setting_checks import Units, at_least, check_units, one_of, plateau_factor
 from zsq.images.settings import Synthesis
 
 
@@ -24,6 +24,7 @@ class StatisticsMatch:
         slack: gaps up to this quantile (over a layer's channels) of those that Gaussian noise gives cost
             nothing; 0 for none.
         enhance: count layer i mod L twice for image i of a batch; needs over="image".
+        units: of the gaps: "activations" (published), "deviations" of the layer, or "auto", see `Units`.
     """
 
     weight: float = 1.0
@@ -35,8 +36,10 @@ class StatisticsMatch:
     deep: float = 1.0
     slack: float = 0.0
     enhance: bool = False
+    units: Units = field(default="auto", metadata={"described": "unless default"})
 
     def __post_init__(self) -> None:
+        check_units("synthesis.bn.units", self.units)
         at_least(0, "synthesis.bn", self, ("weight", "shallow", "deep"))
         one_of("synthesis.bn.spread", self.spread, ("deviation", "variance"))
         one_of("synthesis.bn.over", self.over, ("batch", "image"))

@@ -1,6 +1,14 @@
 """Checks that settings of several stages share; each refuses with the setting's full name."""
 
+from typing import Literal, get_args
+
 from zsq.errors import UsageError
+
+# Of the gaps between statistics and those that BatchNorm layers stored. "activations": as they are, as
+# published, so that a layer with large activations counts the more. "deviations": divided by the root of the
+# mean of the layer's stored variances, so that all layers count alike. "auto": the second where a layer has
+# activations so much larger than others that the first would see it alone.
+Units = Literal["auto", "activations", "deviations"]
 
 
 def share_of_second(name: str, share: float) -> None:
@@ -17,6 +25,15 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """
     if value not in allowed:
         raise UsageError(f"{name} is {value!r}. Expected {', '.join(allowed[:-1])} or {allowed[-1]}.")
+
+
+def check_units(name: str, units: str) -> None:
+    """Check the units of gaps of statistics.
+
+    Raises:
+        UsageError: there are none of that name.
+    """
+    one_of(name, units, get_args(Units))
 
 
 def at_least(lowest: int, stage: str, settings: object, names: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from zsq.errors import UsageError
 from zsq.images.class_settings import ClassGuide
 from zsq.images.look_settings import Variety
-from zsq.images.setting_checks import at_least, one_of, plateau_factor
+from zsq.images.setting_checks import Units, at_least, check_units, one_of, plateau_factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class Synthesis:
             0.31 and 0.50 with 4000.
         swing: shift the input of every strided convolution by up to one pixel, at random, in every step.
         bn_weight: factor of the distance to the BatchNorm statistics.
+        bn_units: of that distance: "activations" (published), "deviations" of the layer, or "auto", see
+            `Units`.
         image_weight: factor of the distance of each image to mean 0 and deviation 1, or to its `variety`.
         cooldown: share of the steps, the last ones, over which both learning rates fall linearly to 0.
         converged: a batch ends early when the mean loss of its last 50 steps is not lower by this share than
@@ -63,6 +65,7 @@ class Synthesis:
     precision: Literal["float32", "bfloat16"] = "float32"
     classes: ClassGuide | None = None
     variety: Variety | None = None
+    bn_units: Units = field(default="auto", metadata={"described": "unless default"})
 
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size"):
@@ -80,6 +83,7 @@ class Synthesis:
                 "Expected a share below 1 and a number of steps."
             )
         plateau_factor("synthesis", self.plateau_factor)
+        check_units("synthesis.bn_units", self.bn_units)
         one_of("synthesis.precision", self.precision, ("float32", "bfloat16"))
 
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from zsq.images.forward import ForwardPass, NormInput
+from zsq.images.forward import ForwardPass, NormInput, resolved_units
 from zsq.images.losses import channel_statistics
 from zsq.images.pixel_settings import StatisticsMatch
 
@@ -19,11 +19,13 @@ def statistics_gaps(norm: NormInput, settings: StatisticsMatch) -> tuple[Tensor,
     """How far the statistics of what a BatchNorm receives are from those it stored.
 
     Gaps of the mean, in units of the layer's input, and of the spread: deviations (that of the batch
-    unbiased, EPS added to the stored variance), or variances (that of the batch biased, units squared).
+    unbiased, EPS added to the stored variance), or variances (that of the batch biased, units squared). With
+    units of deviations, both are divided by the root of the mean of the layer's stored variances (variances
+    by that mean).
 
     Args:
         norm: a layer's input beside its statistics.
-        settings: `spread` and `over`.
+        settings: `spread`, `over` and `units`, which is not "auto".
 
     Returns:
         Two tensors (C,) or, over="image", (N, C), differentiable. The second is None where an image has a
@@ -35,6 +37,10 @@ def statistics_gaps(norm: NormInput, settings: StatisticsMatch) -> tuple[Tensor,
     features = norm.features
     n, c = features.shape[:2]
     scale = torch.ones_like(norm.var) if norm.scale is None else norm.scale
+    eps: float | Tensor = EPS
+    if settings.units == "deviations":
+        unit = norm.mean_variance()
+        scale, eps = scale * unit.sqrt(), EPS / unit
     if settings.over == "batch":
         mean, std = channel_statistics(features)
         count = features.numel() // c
@@ -47,7 +53,12 @@ def statistics_gaps(norm: NormInput, settings: StatisticsMatch) -> tuple[Tensor,
     mean_gap = (mean - norm.mean) / scale
     if settings.spread == "variance":
         return mean_gap, (std.square() * ((count - 1) / count) - norm.var) / scale.square()
-    return mean_gap, std / scale.abs() - (norm.var / scale.square() + EPS).sqrt()
+    return mean_gap, std / scale.abs() - (norm.var / scale.square() + eps).sqrt()
+
+
+def with_units(settings: StatisticsMatch, teacher: fx.GraphModule) -> StatisticsMatch:
+    """The settings with the units that "auto" stands for on a captured network."""
+    return replace(settings, units=resolved_units(teacher, settings.units))
 
 
 def slack_of(forward: ForwardPass, settings: StatisticsMatch) -> list[Slack]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from zsq.images.class_losses import ClassLosses, class_losses
-from zsq.images.forward import ForwardPass
+from zsq.images.forward import ForwardPass, resolved_units
 from zsq.images.losses import BatchNormStatistics, InputStatistics, Looks
 from zsq.images.prior import InputPrior
 from zsq.images.settings import Synthesis
@@ -68,4 +68,5 @@ def synthesis_loss(
     if settings.classes is not None:
         assert labels is not None
         classes = class_losses(teacher, settings.classes, labels, second, rng)
-    return SynthesisLoss(settings, InputStatistics(prior, looks), classes)
+    bn = BatchNormStatistics(relative=resolved_units(teacher, settings.bn_units) == "deviations")
+    return SynthesisLoss(settings, InputStatistics(prior, looks), classes, bn)

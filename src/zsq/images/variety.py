@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from zsq.images.look_settings import Variety
-from zsq.images.losses import Looks, image_statistics
+from zsq.images.losses import Looks, pixel_statistics
 from zsq.images.prior import InputPrior
 
 LEAST_CONTRAST = 0.2  # of an image, in deviations of all pixels
@@ -39,6 +39,6 @@ def looks_of(images: Tensor, prior: InputPrior) -> Looks:
         images: (N, C, H, W), normalised.
         prior: expected mean and deviation.
     """
-    mean, std = image_statistics(images.detach(), prior)
+    mean, std = pixel_statistics(images.detach(), prior)
     shape = images.shape[:2]
     return mean.view(shape), std.view(shape)
