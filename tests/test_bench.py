@@ -465,7 +465,7 @@ def test_files_of_this_repository_are_well_formed(monkeypatch: pytest.MonkeyPatc
     found = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.toml"))
     benches = {path.stem: read_bench(path) for path in found}
     others = {"engine", "genie", "gradient_cover", "psaq_vit", "quick", "sadag", "sadag_ablation", "w8a8"}
-    others |= {"genie_synq", "half", "w2a2", "sadag_quick", "sadag_variants", "tiniest", "units"}
+    others |= {"best", "genie_synq", "half", "w2a2", "sadag_quick", "sadag_variants", "tiniest", "units"}
     assert benches.keys() == others | {"mixing", "paper", "paper_imagenet", "synq_parts", "uniform"}
     for name, bench in benches.items():
         assert bench.name == name and bench.networks and bench.recipes
@@ -479,7 +479,7 @@ def test_files_of_this_repository_are_well_formed(monkeypatch: pytest.MonkeyPatc
                     )
                     assert settings.num_holdout == 0
                     assert isinstance(settings.synthesis, Synthesis) == (
-                        entry.name in ("genie", "genie-synq", "sadag")
+                        entry.name in ("genie", "best", "genie-synq", "sadag")
                     )
                     assert isinstance(settings.synthesis, GivenImages) == entry.images
                     assert network.images is not None or not entry.images

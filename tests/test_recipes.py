@@ -71,7 +71,7 @@ def test_the_table() -> None:
     baselines = {"given", "given-nearest", "noise", "noise-nearest"}
     fine_tuned = {"intraq", "hast", "synq", "genie-synq", "zeroq-ft"}
     in_turns = {"gdfq", "gdfq-synq", "adasg", "adadfq", "texq"}
-    others = {"genie", "sadag", "zeroq", "dsg", "dfq", "psaq_vit", "genq", "mixup_class"}
+    others = {"genie", "best", "sadag", "zeroq", "dsg", "dfq", "psaq_vit", "genq", "mixup_class"}
     assert set(RECIPES) == others | fine_tuned | in_turns | baselines
     for name, recipe in RECIPES.items():
         assert recipe.name == name and recipe.paper and get_recipe(name) is recipe

@@ -132,10 +132,10 @@ def image_files(job: Job, plan: Plan, device: str, folder: Path) -> tuple[Path, 
 
     The name is a hash of all that the images depend on.
     """
-    settings = job.settings.synthesis
-    if not isinstance(settings, MadeInBatches):
+    if not isinstance(job.settings.synthesis, MadeInBatches):
         return None
-    depends = [job.definition["model"], plan.teacher.spec.input_size, asdict(settings), job.cell[2]]
+    described = job.definition["settings"]["synthesis"]
+    depends = [job.definition["model"], plan.teacher.spec.input_size, described, job.cell[2]]
     key = digest([*depends, torch.device(device).type])
     return folder / IMAGES / f"{key}.safetensors", folder / IMAGES / f"{key}.json"
 

@@ -4,6 +4,7 @@ from zsq.errors import UsageError
 from zsq.recipe import Recipe
 from zsq.recipes.adadfq import ADADFQ, ADASG
 from zsq.recipes.baselines import GIVEN, GIVEN_NEAREST, NOISE, NOISE_NEAREST
+from zsq.recipes.best import BEST
 from zsq.recipes.dfq import DFQ
 from zsq.recipes.gdfq import GDFQ, GDFQ_SYNQ
 from zsq.recipes.genie import GENIE
@@ -34,6 +35,7 @@ _ALL = (
     HAST,
     SYNQ,
     GENIE_SYNQ,
+    BEST,
     PSAQ_VIT,
     GENQ,
     MIXUP_CLASS,
