@@ -1,4 +1,4 @@
-"""Ours: Genie on images that differ as photographs do, are of classes, and meet every layer's statistics alike.
+"""Ours: Genie on images that differ as photographs do, are of classes, and suit every layer alike.
 
 Genie (arXiv:2212.04780) with three changes to what its images are trained for; everything else is as
 `zsq show genie` says, at the same number of images and steps. Each is a setting that other recipes take too.
