@@ -33,24 +33,29 @@ MODELS = {"architectures", "bundled", "weight_files", "teacher", "models"}
 SETTINGS = {
     "recipe",
     "images.prompts",
-    "images.settings",
+    "images.setting_checks",
+    "images.class_settings",
     "images.look_settings",
+    "images.settings",
     "images.pixel_settings",
     "images.generator_settings",
     "quant.scheme",
     "recover.settings",
 }
+LOOKS = {"images.setting_checks", "images.class_settings", "images.look_settings"}
 DATA = {"data", "data_arrays", "data_files", "data_hub", "data_tensors", "pictures"}
 BENCH = {"bench", "bench_file", "bench_jobs", "bench_plan", "bench_row", "bench_worker"}
 ALLOWED: dict[str, set[str]] = {
     **{name: GROUND | MODELS for name in MODELS},
     **{name: GROUND | MODELS | DATA for name in DATA},
     "graph": GROUND | MODELS,
-    "images.settings": GROUND,
     "images.prompts": GROUND,
-    "images.look_settings": GROUND | {"images.settings"},
-    "images.pixel_settings": GROUND | {"images.settings", "images.look_settings"},
-    "images.generator_settings": GROUND | {"images.settings", "images.pixel_settings"},
+    "images.setting_checks": GROUND,
+    "images.class_settings": GROUND | {"images.setting_checks"},
+    "images.look_settings": GROUND | {"images.setting_checks"},
+    "images.settings": GROUND | LOOKS,
+    "images.pixel_settings": GROUND | LOOKS | {"images.settings"},
+    "images.generator_settings": GROUND | LOOKS | {"images.settings", "images.pixel_settings"},
     "recover.settings": GROUND | {"images.settings"},
     "quant.scheme": GROUND | {"graph"},
     "recipe": GROUND | SETTINGS,
