@@ -22,8 +22,9 @@ from zsq.images.settings import Refinement, Synthesis
 from zsq.images.synthesize import synthesize, synthesize_batch
 from zsq.images.variety import LEAST_CONTRAST, draw_looks, looks_of
 from zsq.pipeline import quantize
-from zsq.recipe import Reconstruction, describe, with_overrides
+from zsq.recipe import Recipe, Reconstruction, describe, with_overrides
 from zsq.recipes.genie import GENIE
+from zsq.recover.settings import FineTuning
 
 SETTINGS = Synthesis(num_images=16, batch_size=16, steps=60, latent_size=16)
 PRIOR = InputPrior((0.5, -0.3, 0.1), (2.0, 0.5, 1.5))
@@ -173,3 +174,15 @@ def test_bad_settings_are_refused() -> None:
         Variety(tint=-0.1)
     with pytest.raises(UsageError, match="add up to at most"):
         Variety(brightness=0.9)
+
+
+def test_nothing_is_said_of_classes_that_no_loss_takes() -> None:
+    """Images of three steps are of no class: said where labels are trained on, not where they are one aim."""
+    model = teacher(QuantizedResidual)
+
+    def found(recipe: Recipe) -> list[str]:
+        run = quantize(model, recipe=recipe, bits="W3A3", budget="paper")
+        return [f["what"] for f in run.record["results"]["findings"] if "class asked for" in f["what"]]
+
+    tuned = replace(SHORT, fine_tuning=FineTuning(epochs=1, iterations=1, batch_size=4))
+    assert not found(SHORT) and len(found(tuned)) == 1

@@ -348,7 +348,10 @@ def _run_stages(
     with account.timed("reconstruct"):
         noise = isinstance(settings.synthesis, GaussianNoise)
         own = given is not None and given.labels is not None
-        account.add(image_findings(graph, images, made.labels, noise=noise, labelled=own))
+        # Of images from latents a class is one aim of several; unless a loss takes it, nothing hangs on it.
+        aim = isinstance(settings.synthesis, Synthesis) and settings.fine_tuning is None
+        asked = None if aim else made.labels
+        account.add(image_findings(graph, images, asked, noise=noise, labelled=own))
         learning = None if settings.scheme.is_eight_bit else settings.reconstruction
         storage = _storage(original, units, len(images), bound, scratch)
         names = [unit.name for unit in units]
