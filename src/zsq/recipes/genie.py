@@ -12,8 +12,9 @@ Where the paper and its published code differ, or the code is in error, this is 
   divided by its own (`synthesis.bn_units`). The published sum sees that layer alone: a network that takes
   pixels as 0..255 and normalises what its first convolution makes of them has 9100 times there.
   imagenet_etinynet_1.0, quick budget, seed 0, 500 images: W4A8 51.8 as published and 62.6 in units of each
-  layer, W4A4 2.2 and 11.6 (19.0 with as many real images). Networks without such a layer are not touched; on
-  cifar10_resnet20s with seeds 0 and 1 it would give +0.4 and +0.3 at W3A3, -0.2 and +0.3 at W2A4.
+  layer, W4A4 2.2 and 11.6 (19.0 with as many real images); standard budget in `benchmarks/results/units.md`.
+  Networks without such a layer are not touched; cifar10_resnet20s would gain 0.4 and 0.3 at W3A3, -0.2 and
+  0.3 at W2A4 (seeds 0, 1).
 * Normalised images are expected to have mean 0 and deviation 1 only if the model's `mean` and `std` are
   plausible as statistics of data; else they get those of natural photographs (`images/prior.py`). Without
   this, a model that takes pixels as 0..255 is shown images of a hundredth of their contrast
