@@ -10,6 +10,9 @@ parts that were made for training end to end enter a reconstruction unit by unit
   distance of the class activation maps at its output (`reconstruction.maps`). Both networks' maps have the
   teacher's slopes, of the class that it takes the image for, as the student has nothing after this unit yet.
 * Hard labels play no part in a reconstruction, so there is nothing to choose difficult images for.
+
+Measured: below Genie on cifar100_resnet20s, by 1.0 points at W3A3 and 2.4 at W2A4 (five paired seeds, quick
+budget, intervals leave out 0; `benchmarks/results/best.md`).
 """
 
 from dataclasses import replace
