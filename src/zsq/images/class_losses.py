@@ -62,22 +62,25 @@ def labels_for(
     return balanced_labels(num_images, number_of_classes(teacher), rng_for(seed, "labels"))
 
 
-def second_for(
-    teacher: fx.GraphModule, classes: ClassGuide | None, labels: Tensor | None, seed: int
-) -> Tensor | None:
-    """The second classes of images with such labels, (N,); None if the settings ask for none.
+def classes_by_batch(
+    teacher: fx.GraphModule, classes: ClassGuide | None, sizes: Sequence[int], seed: int
+) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """The labels of the images of a seed, and their second classes, for batches of such sizes.
+
+    Each (size,), int64; None for every batch where the settings ask for none.
 
     Raises:
-        UsageError: the teacher has fewer than three classes.
+        UsageError: the teacher returns no classes, or fewer than three where there are to be second ones.
     """
-    if labels is None or classes is None or classes.second_share == 0:
-        return None
-    return second_labels(labels, number_of_classes(teacher), rng_for(seed, "second labels"))
-
-
-def by_batch(labels: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
-    """Labels of all images, split into those of batches of such sizes; None for each if there are none."""
-    return [None] * len(sizes) if labels is None else labels.split(list(sizes))
+    nothing = [None] * len(sizes)
+    labels = labels_for(teacher, classes, sum(sizes), seed)
+    if labels is None or classes is None:
+        return nothing, nothing
+    first = labels.split(list(sizes))
+    if classes.second_share == 0:
+        return first, nothing
+    second = second_labels(labels, number_of_classes(teacher), rng_for(seed, "second labels"))
+    return first, second.split(list(sizes))
 
 
 @dataclass(frozen=True)

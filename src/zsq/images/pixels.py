@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from zsq.distributed import ALONE, Group, spread
 from zsq.graph.tensors import device_of
 from zsq.health import Watch
-from zsq.images.class_losses import by_batch, labels_for, number_of_classes, second_for
+from zsq.images.class_losses import classes_by_batch, number_of_classes
 from zsq.images.class_settings import ClassGuide
 from zsq.images.crops import crop, draw_crops
 from zsq.images.forward import observe
@@ -64,10 +64,8 @@ def synthesize_pixels(
         JobError: the optimisation diverged.
     """
     names = batch_names(settings)
-    labels = labels_for(teacher, settings.classes, settings.num_images, seed)
     sizes = batch_sizes(settings.num_images, settings.batch_size)
-    parts = by_batch(labels, sizes)
-    seconds = by_batch(second_for(teacher, settings.classes, labels, seed), sizes)
+    parts, seconds = classes_by_batch(teacher, settings.classes, sizes, seed)
     advice = room_advice(settings)
     targets: Targets | None = None
     if settings.centres is not None and any(name not in finished for name in names):

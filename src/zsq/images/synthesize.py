@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from zsq.distributed import ALONE, Group, spread
 from zsq.graph.tensors import device_of
 from zsq.health import Watch
-from zsq.images.class_losses import by_batch, labels_for, second_for
+from zsq.images.class_losses import classes_by_batch
 from zsq.images.forward import observe
 from zsq.images.pixel_settings import MadeInBatches
 from zsq.images.prior import STANDARD, InputPrior
@@ -104,9 +104,7 @@ def synthesize(
     """
     sizes = batch_sizes(settings.num_images, settings.batch_size)
     names = batch_names(settings)
-    labels = labels_for(teacher, settings.classes, settings.num_images, seed)
-    parts = by_batch(labels, sizes)
-    seconds = by_batch(second_for(teacher, settings.classes, labels, seed), sizes)
+    parts, seconds = classes_by_batch(teacher, settings.classes, sizes, seed)
 
     advice = room_advice(settings)
 
