@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from work import added_memory, median, peak_copy, peak_macs
+from work import Work, added_memory, peak_copy, peak_macs
 from yardstick import SIDES, Clocked, Precision, Yardstick
 
 from zsq.allocator import keep_freed_memory
@@ -51,13 +51,10 @@ def row(stage: str, precision: str, clocked: dict[str, Clocked]) -> dict[str, An
     for side in SIDES:
         losses = [values[key] for values in clocked[side].losses.values()]
         result[side] = {
-            "seconds_a_step": median(clocked[side].steps),
+            "seconds_a_step": clocked[side].seconds_a_step,
             "seconds": clocked[side].total,
             "loss": sum(losses) / max(1, len(losses)),
         }
-        if stage == "reconstruction" and clocked[side].steps:  # units differ: their mean, not a median
-            steps = clocked[side].steps
-            result[side]["seconds_a_step"] = sum(steps) / len(steps)
     return result
 
 
@@ -77,6 +74,8 @@ def tables(report: dict[str, Any]) -> str:
         cells += [f"{side['loss']:.4g}" for side in (a, b)]
         lines.append(f"| {' | '.join(cells)} |")
     peaks = report["peaks"]
+    if peaks is None:
+        return "\n".join(lines)
     known = ", ".join(f"{name} {value / 1e9:.4g} GMAC/s" for name, value in peaks["macs"].items())
     lines += [
         "",
@@ -127,7 +126,8 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
     for entry in rows:
         for side in SIDES:
             which = side, entry["stage"], entry["precision"]
-            entry[side].update(asdict(yardstick.work(*which)))
+            work = Work(math.nan, math.nan) if options.no_work else yardstick.work(*which)
+            entry[side].update(asdict(work))
             entry[side]["mib"] = math.nan if options.no_memory else peak_memory(arguments, *which)
     used = {"float32", *precisions}
     return {
@@ -142,7 +142,9 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
         "kept_freed_memory": not options.plain_allocator,
         "torch": torch.__version__,
         "rows": rows,
-        "peaks": {
+        "peaks": None
+        if options.no_work
+        else {
             "macs": {name: peak_macs(getattr(torch, name), yardstick.device) for name in sorted(used)},
             "copy": peak_copy(yardstick.device),
         },
@@ -168,6 +170,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain-allocator", action="store_true", help="do not keep freed memory")
     parser.add_argument("--no-memory", action="store_true", help="do not start processes to measure memory")
+    parser.add_argument("--no-work", action="store_true", help="do not count operations and bytes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     parser.add_argument("--append", type=Path, metavar="FILE", help="add the tables to a Markdown file")
     parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)

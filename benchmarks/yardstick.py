@@ -1,6 +1,7 @@
 """Two programs on one network that take turns: zsq and Genie as published."""
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import Literal
 import torch
 from published import Losses, published_student, reconstruction, synthesis
 from torch import Tensor, fx
-from work import Work, count_work, synchronise
+from work import Work, count_work, median, synchronise
 
 from zsq.graph.blocks import Unit, split
 from zsq.graph.capture import aten
@@ -33,14 +34,23 @@ class Clocked:
     """What one side took in one stage.
 
     Attributes:
-        steps: seconds a step, one entry for every turn but the first of an item (batch or unit).
+        steps: seconds a step by item (batch or unit), one entry for every turn but its first.
         total: seconds in all, preparation included.
         losses: the logged values of the last step of every item.
     """
 
-    steps: list[float] = field(default_factory=list)
+    steps: dict[str, list[float]] = field(default_factory=dict)
     total: float = 0.0
     losses: dict[str, Losses] = field(default_factory=dict)
+
+    @property
+    def seconds_a_step(self) -> float:
+        """Mean over items, which differ, of the medians of their turns; NaN if there were none.
+
+        Turns in which something is prepared (a step recorded as a CUDA graph) are in `total` alone.
+        """
+        medians = [median(turns) for turns in self.steps.values()]
+        return sum(medians) / len(medians) if medians else math.nan
 
 
 class Race:
@@ -88,7 +98,7 @@ class Race:
         clocked = self.clocked[side]
         clocked.total += seconds
         if step >= 0 and item in self._reached and step > self._reached[item]:
-            clocked.steps.append(seconds / (step - self._reached[item]))
+            clocked.steps.setdefault(item, []).append(seconds / (step - self._reached[item]))
         if step >= 0 and values:
             clocked.losses[item] = values
 

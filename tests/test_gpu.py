@@ -21,11 +21,12 @@ from zsq.images.settings import Synthesis
 from zsq.images.synthesize import synthesize_batch
 from zsq.kernels import reproducible
 from zsq.models import Teacher
-from zsq.out_of_memory import in_chunks
+from zsq.out_of_memory import in_chunks, return_unused
 from zsq.pipeline import quantize, synthesize_images
 from zsq.quant.dropping import random_choice
 from zsq.recipe import GivenImages, Reconstruction
 from zsq.recipes import RECIPES
+from zsq.recipes.best import BEST
 from zsq.recipes.genie import GENIE
 from zsq.recipes.sadag import SADAG
 from zsq.replay import Replay
@@ -37,6 +38,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 CUDA = torch.device("cuda")
+BEST_REFINED = replace(BEST, refinement=SADAG.refinement)
 WITHOUT_PIPELINE = [name for name, r in RECIPES.items() if not isinstance(r.synthesis, TextToImage)]
 
 
@@ -107,7 +109,7 @@ def test_recorded_synthesis_has_the_bits_of_its_steps(
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("recipe", [GENIE, SADAG], ids=["genie", "sadag"])
+@pytest.mark.parametrize("recipe", [GENIE, SADAG, BEST_REFINED], ids=["genie", "sadag", "best refined"])
 def test_recorded_run_has_the_bits_of_its_steps(
     monkeypatch: pytest.MonkeyPatch, model: Teacher, recipe: Any, precision: Any
 ) -> None:
@@ -167,6 +169,22 @@ def test_too_little_memory_halves_the_chunk() -> None:
 
     sizes = [found for _, found in in_chunks(call, 6, 4, "the test")]
     assert sum(sizes) == 6 and max(sizes) < 4
+
+
+def test_what_recorded_steps_used_goes_back_to_the_device() -> None:
+    return_unused(CUDA)
+    held = torch.cuda.memory_reserved()
+
+    def record() -> int:
+        weight = torch.ones(2**20, device=CUDA)
+        step = Replay(lambda: (weight.mul(2.0).add_(1.0),), CUDA)
+        results = [step()[0] for _ in range(6)]
+        assert float(results[-1][0]) == 3.0
+        return torch.cuda.memory_reserved()
+
+    assert record() > held
+    return_unused("cuda")
+    assert torch.cuda.memory_reserved() <= held
 
 
 # ---- whole runs

@@ -61,6 +61,22 @@ def test_prints_tables(
     assert half["zsq"]["moved"] < reconstruction["zsq"]["moved"]
 
 
+def test_work_is_left_out_if_asked(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import speed
+
+    torch.manual_seed(0)
+    speed.main([tiny, *COUNTS, "--steps", "4", "--precision", "float32", "--no-work"])
+    printed = capsys.readouterr().out
+    assert "| synthesis | float32 |" in printed and "GMAC" not in printed
+
+
+def test_steps_are_medians_of_items_that_differ() -> None:
+    from yardstick import Clocked
+
+    assert Clocked(steps={"a": [1.0, 1.0, 9.0], "b": [3.0]}).seconds_a_step == 2.0
+    assert Clocked().seconds_a_step != Clocked().seconds_a_step  # NaN
+
+
 def test_first_losses_are_equal(tiny: str) -> None:
     """The same latents, generator and shifts: what is compared differs in how it computes only."""
     import speed

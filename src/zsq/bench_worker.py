@@ -17,6 +17,7 @@ from zsq.bench_file import read_bench
 from zsq.bench_plan import Plan, plan_network
 from zsq.bench_row import fill_row, make_images, measure
 from zsq.errors import JobError
+from zsq.out_of_memory import return_unused
 
 
 def main() -> None:
@@ -46,6 +47,7 @@ def main() -> None:
             answer(error=str(error) if isinstance(error, ValueError | JobError) else repr(error))
         else:
             answer(result=result)
+        return_unused(device)
 
 
 def _do(task: dict[str, Any], plan: Plan, device: str, folder: Path, say: Any) -> Any:

@@ -1,5 +1,6 @@
 """A device without enough memory: smaller chunks where the result is the same, else advice."""
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,16 @@ def in_chunks(call: Callable[[slice], T], count: int, size: int, what: str) -> I
         logger.info("The device ran out of memory: %s goes on with %d images at once.", what, size)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def return_unused(device: torch.device | str) -> None:
+    """Give a CUDA device back what no tensor of this process uses, for the other processes on it.
+
+    PyTorch keeps it otherwise, and what recorded steps used is not even used again for other tensors.
+    """
+    if torch.device(device).type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -309,10 +309,10 @@ def log_batch(log: Log, name: str, steps: int, step: int, values: dict[str, floa
 
 def room_advice(settings: MadeInBatches) -> str:
     """What to do if a batch does not fit: it is not halved, as its joint statistics are what is optimised."""
-    return (
-        f"Lower synthesis.batch_size (now {settings.batch_size}) or take synthesis.precision=bfloat16 (now "
-        f"{settings.precision}); the images are then others."
-    )
+    smaller = f"Lower synthesis.batch_size (now {settings.batch_size})"
+    if settings.precision != "bfloat16":
+        smaller += f" or take synthesis.precision=bfloat16 (now {settings.precision})"
+    return f"{smaller}; the images are then others."
 
 
 def batch_sizes(num_images: int, batch_size: int) -> tuple[int, ...]:
