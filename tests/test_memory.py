@@ -22,7 +22,7 @@ from zsq.graph.capture import capture
 from zsq.images.settings import Synthesis
 from zsq.images.synthesize import synthesize
 from zsq.memory import cache_bytes, estimate, read_bytes
-from zsq.out_of_memory import in_chunks
+from zsq.out_of_memory import in_chunks, said_of
 from zsq.pipeline import quantize
 from zsq.recover.storage import MEMORY, Storage
 from zsq.recover.unit_tensors import forward_in_chunks, take
@@ -221,6 +221,13 @@ def test_evaluation_and_caching_go_on_with_fewer_images(caplog: pytest.LogCaptur
         accuracy(Limited(model, 0), [(x, labels)])
 
 
+def test_what_pytorch_says_of_memory_is_cut_to_what_matters() -> None:
+    said = "CUDA out of memory. Tried to allocate 2 MiB. GPU 0 has a total capacity of 9 GiB of which 1 MiB is free."
+    more = " Process 1 has 5 GiB memory in use. Including non-PyTorch memory, this process has 4 GiB in use."
+    assert said_of(torch.OutOfMemoryError(said + more + "\nSee documentation.")) == said.rstrip(".")
+    assert said_of(torch.OutOfMemoryError()) == "no details"
+
+
 def test_synthesis_and_reconstruction_say_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(*args: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -231,6 +238,11 @@ def test_synthesis_and_reconstruction_say_what_to_lower(monkeypatch: pytest.Monk
         patch.setattr("zsq.images.synthesize.synthesize_batch", out_of_memory)
         with pytest.raises(JobError, match=r"2.00 GiB\). Lower synthesis.batch_size \(now 128\)"):
             synthesize(graph, Synthesis(), (3, 8, 8), seed=0, finished={}, log=lambda *event: None)
+    with monkeypatch.context() as patch:
+        patch.setattr("zsq.images.refine.refine_batch", out_of_memory)
+        gradients = {"refinement.gradients": "all_units", "refinement.steps": 1, "refinement.warmup_steps": 1}
+        with pytest.raises(JobError, match=r"Lower synthesis.batch_size.*now all_units"):
+            zsq.quantize(model, recipe="sadag", bits="W4A4", overrides=TINY | gradients)
     with monkeypatch.context() as patch:
         patch.setattr("zsq.recover.learn_unit.take", out_of_memory)
         with pytest.raises(JobError, match=r"reconstruction.batch_size \(now 8\)"):

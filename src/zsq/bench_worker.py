@@ -17,7 +17,7 @@ from zsq.bench_file import read_bench
 from zsq.bench_plan import Plan, plan_network
 from zsq.bench_row import fill_row, make_images, measure
 from zsq.errors import JobError
-from zsq.out_of_memory import return_unused
+from zsq.out_of_memory import return_unused, said_of
 
 
 def main() -> None:
@@ -43,6 +43,8 @@ def main() -> None:
             result = _do(task, plan[1], device, Path(folder), lambda line: answer(say=line))
         except KeyboardInterrupt:
             return
+        except torch.OutOfMemoryError as error:
+            answer(error=f"The device ran out of memory ({said_of(error)}). Fewer --jobs leave more to each.")
         except Exception as error:
             answer(error=str(error) if isinstance(error, ValueError | JobError) else repr(error))
         else:

@@ -66,5 +66,12 @@ def no_room(advice: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
-        raise JobError(f"The device ran out of memory ({first_line.rstrip('.')}). {advice}") from error
+        raise JobError(f"The device ran out of memory ({said_of(error)}). {advice}") from error
+
+
+def said_of(error: torch.OutOfMemoryError) -> str:
+    """What was asked for and what was free, in PyTorch's words, without its list of processes."""
+    first_line = (str(error).strip().splitlines() or ["no details"])[0]
+    for list_begins in (" Process ", " Including "):
+        first_line = first_line.partition(list_begins)[0]
+    return first_line.rstrip(". ")

@@ -26,8 +26,9 @@ from zsq.images.scores import (
     patch_nodes,
 )
 from zsq.images.settings import Filter, Refinement, Scope, Synthesis
-from zsq.images.synthesize import Batch, batch_from_piece, batch_names
+from zsq.images.synthesize import Batch, batch_from_piece, batch_names, room_advice
 from zsq.models import ModelSpec
+from zsq.out_of_memory import no_room
 from zsq.progress import Callback, Progress, unit_log
 from zsq.quant.attach import Quantizers, attach
 from zsq.quant.image_range import set_image_ranges
@@ -130,18 +131,24 @@ def refined_images(
     for index, name in enumerate(refined_names):
         if name in state:
             event(index, refinement.steps, {}, resumed=True)
-    refined = refine(
-        networks.graph,
-        probe,
-        [partial(batch, name) for name in names],
-        refinement,
-        source,
-        seed=seed,
-        finished=state,
-        log=log,
-        prior=input_prior(spec),
-    )
-    return refined.to(device)
+    advice = room_advice(source)
+    if refinement.gradients != "last_layer":
+        advice += (
+            f" Gradients of the last layer take the least (refinement.gradients, now {refinement.gradients})."
+        )
+    with no_room(advice):
+        refined = refine(
+            networks.graph,
+            probe,
+            [partial(batch, name) for name in names],
+            refinement,
+            source,
+            seed=seed,
+            finished=state,
+            log=log,
+            prior=input_prior(spec),
+        )
+        return refined.to(device)
 
 
 def kept_images(

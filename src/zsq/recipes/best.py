@@ -23,9 +23,11 @@ Genie has with the same seeds:
     variety, classes 0.1       0.41   0.33    0.31   0.61
     all three                  0.57   0.39    0.12   0.69
 
-What brought nothing there: images shown mirrored and moved too in the reconstruction (-0.8, -0.4 at W3A3),
-and 100 steps of Adam on step sizes, biases and BatchNorm after it, end to end, codes kept (-0.0 at W3A3,
-seeds 0 to 3). What it does on other networks is in `benchmarks/results/best.md`.
+What brought nothing there: images shown mirrored and moved too in the reconstruction (-0.8, -0.4 at W3A3);
+a loss that brings the part of each layer's variance that lies between images from half of what it is for
+photographs to all of it (0.0, 0.1 at W3A3, -0.3, -0.2 at W2A2); and 100 steps of Adam on step sizes, biases
+and BatchNorm after it, end to end, codes kept (-0.0 at W3A3, seeds 0 to 3). What it does on other networks
+is in `benchmarks/results/best.md` and `benchmarks/results/sadag_seeds.md`.
 
 Needs a classifier; `--set synthesis.classes=none` for other models.
 """
