@@ -222,7 +222,7 @@ def test_evaluation_and_caching_go_on_with_fewer_images(caplog: pytest.LogCaptur
 
 
 def test_what_pytorch_says_of_memory_is_cut_to_what_matters() -> None:
-    said = "CUDA out of memory. Tried to allocate 2 MiB. GPU 0 has a total capacity of 9 GiB of which 1 MiB is free."
+    said = "CUDA out of memory. Tried to allocate 2 MiB. GPU 0 has 9 GiB of which 1 MiB is free."
     more = " Process 1 has 5 GiB memory in use. Including non-PyTorch memory, this process has 4 GiB in use."
     assert said_of(torch.OutOfMemoryError(said + more + "\nSee documentation.")) == said.rstrip(".")
     assert said_of(torch.OutOfMemoryError()) == "no details"
