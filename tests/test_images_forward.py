@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 
 from zsq.errors import UsageError
 from zsq.graph.capture import capture
-from zsq.images.forward import frozen_batch_norm, frozen_depthwise, observe
+from zsq.graph.frozen import frozen_batch_norm, frozen_depthwise
+from zsq.images.forward import observe
 from zsq.images.losses import BatchNormStatistics
 
 KINDS = {

@@ -22,7 +22,8 @@ from zsq.images.gradients import (
     similarity,
 )
 from zsq.images.losses import InputStatistics
-from zsq.images.refine import find_neighbours, refine, refine_batch
+from zsq.images.neighbours import find_neighbours
+from zsq.images.refine import refine, refine_batch
 from zsq.images.settings import Filter, Refinement, Synthesis
 from zsq.images.synthesis_loss import SynthesisLoss
 from zsq.images.synthesize import Batch, batch_from_piece, synthesize

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from zsq.graph.blocks import Unit, extract
-from zsq.images.forward import freeze_batch_norms
+from zsq.graph.frozen import freeze_batch_norms
 from zsq.quant.plain import merge_calls
 from zsq.recover.feature_nodes import attention_nodes, logits_node, map_node
 from zsq.recover.settings import FineTuning

@@ -11,8 +11,8 @@ from zsq.distributed import ALONE, Group
 from zsq.errors import JobError
 from zsq.graph.blocks import Unit, extract
 from zsq.graph.capture import aten, weight_node
+from zsq.graph.frozen import freeze_batch_norms
 from zsq.graph.tensors import get_tensor
-from zsq.images.forward import freeze_batch_norms
 from zsq.out_of_memory import no_room
 from zsq.quant.attach import Quantizers
 from zsq.quant.calibrate import calibrate, set_range_for
