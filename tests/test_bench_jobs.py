@@ -16,7 +16,9 @@ import zsq.cli
 from zsq import bench_jobs
 from zsq.bench import run_bench
 from zsq.bench_jobs import Task, Worker, do_tasks, worker_commands
+from zsq.bench_worker import why_failed
 from zsq.errors import JobError
+from zsq.out_of_memory import no_room
 
 
 @pytest.fixture
@@ -152,3 +154,13 @@ def test_devices_and_threads_are_divided(tmp_path: Path, monkeypatch: pytest.Mon
     found = worker_commands("f.toml", tmp_path, "cuda", 3)
     assert [command[2:] for command in found] == [["cuda:0", "2"], ["cuda:1", "2"], ["cuda:0", "2"]]
     assert [c[2:] for c in worker_commands("f.toml", tmp_path, "cuda:1", 9)] == [["cuda:1", "1"]] * 9
+
+
+def test_a_worker_without_room_asks_for_fewer_of_them() -> None:
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB. Process 1 has 5 GiB.")
+    expected = "The device ran out of memory (CUDA out of memory. Tried to allocate 2 MiB). Fewer --jobs"
+    assert why_failed(full).startswith(expected)
+    with pytest.raises(JobError) as caught, no_room("Lower it."):
+        raise full
+    assert why_failed(caught.value).endswith("Lower it. Fewer --jobs leave more to each.")
+    assert why_failed(JobError("Lost.")) == "Lost." and why_failed(KeyError("a")) == "KeyError('a')"

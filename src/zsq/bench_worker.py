@@ -43,13 +43,23 @@ def main() -> None:
             result = _do(task, plan[1], device, Path(folder), lambda line: answer(say=line))
         except KeyboardInterrupt:
             return
-        except torch.OutOfMemoryError as error:
-            answer(error=f"The device ran out of memory ({said_of(error)}). Fewer --jobs leave more to each.")
         except Exception as error:
-            answer(error=str(error) if isinstance(error, ValueError | JobError) else repr(error))
+            answer(error=why_failed(error))
         else:
             answer(result=result)
         return_unused(device)
+
+
+def why_failed(error: Exception) -> str:
+    """What is told of a task that failed."""
+    if isinstance(error, torch.OutOfMemoryError):
+        text = f"The device ran out of memory ({said_of(error)})."
+    else:
+        text = str(error) if isinstance(error, ValueError | JobError) else repr(error)
+    short_of_memory = isinstance(error, torch.OutOfMemoryError) or isinstance(
+        error.__cause__, torch.OutOfMemoryError
+    )
+    return f"{text} Fewer --jobs leave more to each." if short_of_memory else text
 
 
 def _do(task: dict[str, Any], plan: Plan, device: str, folder: Path, say: Any) -> Any:
