@@ -116,6 +116,8 @@ def test_a_run_says_it_only_for_images_like_those_of_the_fit() -> None:
         is None
     )
     assert drop("noise-nearest", **{"synthesis.num_images": 8}) is None
+    assert drop("best", **TINY) is None  # students agree more on images of classes
+    assert drop("genie", **TINY, **{"synthesis.variety": "on"}) is None
 
 
 def test_the_constants_are_those_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -385,7 +385,8 @@ def _run_stages(
         holdout = images if unseen else make_holdout(graph, teacher, settings, seed, state, account)
         if holdout is not None:
             holdout = holdout.to(device)
-        alike = isinstance(settings.synthesis, Synthesis)
+        source = settings.synthesis
+        alike = isinstance(source, Synthesis) and source.classes is None and source.variety is None
         estimates = _estimates(original, student, units, None if unseen else images, holdout, alike)
     with account.timed("inspect"):
         inspection = inspect(graph, original, student, quantizers, nearest, images)
