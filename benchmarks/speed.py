@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from work import Work, added_memory, peak_copy, peak_macs
+from work import added_memory, peak_copy, peak_macs
 from yardstick import SIDES, Clocked, Precision, Yardstick
 
 from zsq.allocator import keep_freed_memory
@@ -126,8 +126,8 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
     for entry in rows:
         for side in SIDES:
             which = side, entry["stage"], entry["precision"]
-            work = Work(math.nan, math.nan) if options.no_work else yardstick.work(*which)
-            entry[side].update(asdict(work))
+            if not options.no_work:
+                entry[side].update(asdict(yardstick.work(*which)))
             entry[side]["mib"] = math.nan if options.no_memory else peak_memory(arguments, *which)
     used = {"float32", *precisions}
     return {

@@ -17,7 +17,9 @@ from zsq.bench_file import read_bench
 from zsq.bench_plan import Plan, plan_network
 from zsq.bench_row import fill_row, make_images, measure
 from zsq.errors import JobError
-from zsq.out_of_memory import return_unused, said_of
+from zsq.out_of_memory import return_unused, without_room
+
+FEWER = "Fewer --jobs leave more to each."
 
 
 def main() -> None:
@@ -53,13 +55,9 @@ def main() -> None:
 def why_failed(error: Exception) -> str:
     """What is told of a task that failed."""
     if isinstance(error, torch.OutOfMemoryError):
-        text = f"The device ran out of memory ({said_of(error)})."
-    else:
-        text = str(error) if isinstance(error, ValueError | JobError) else repr(error)
-    short_of_memory = isinstance(error, torch.OutOfMemoryError) or isinstance(
-        error.__cause__, torch.OutOfMemoryError
-    )
-    return f"{text} Fewer --jobs leave more to each." if short_of_memory else text
+        return str(without_room(error, FEWER))
+    text = str(error) if isinstance(error, ValueError | JobError) else repr(error)
+    return f"{text} {FEWER}" if isinstance(error.__cause__, torch.OutOfMemoryError) else text
 
 
 def _do(task: dict[str, Any], plan: Plan, device: str, folder: Path, say: Any) -> Any:

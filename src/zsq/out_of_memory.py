@@ -66,7 +66,12 @@ def no_room(advice: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise JobError(f"The device ran out of memory ({said_of(error)}). {advice}") from error
+        raise without_room(error, advice) from error
+
+
+def without_room(error: torch.OutOfMemoryError, advice: str) -> JobError:
+    """The error that takes the place of PyTorch's."""
+    return JobError(f"The device ran out of memory ({said_of(error)}). {advice}")
 
 
 def said_of(error: torch.OutOfMemoryError) -> str:
