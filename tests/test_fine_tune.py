@@ -30,6 +30,7 @@ from zsq.recover.settings import (
     MapAlignment,
     Perturbation,
 )
+from zsq.recover.tuning_step import clip_to_share
 from zsq.student import student_to_bytes
 
 IMAGES = images(24, seed=5)
@@ -131,6 +132,7 @@ def test_running_statistics_stay_and_the_rest_moves() -> None:
         {"maps": MapAlignment(channels="positive")},
         {"features": FeatureAlignment(weight=10.0)},
         {"perturbation": Perturbation(size=0.05)},
+        {"labels": ClassLabels(), "clip": 1e-3, "lr": 3e-3},
         {"maps": MapAlignment(weight=5.0), "precision": "bfloat16"},
         {"saturated_gradients": True, "low_pass": LowPass(cutoff=3.0, unit="bins")},
         {"ranges": "minmax"},
@@ -376,6 +378,7 @@ def test_wrong_settings_and_divergence() -> None:
         (lambda: FineTuning(epochs=0), "fine_tuning.epochs is 0"),
         (lambda: FineTuning(momentum=1.0), "fine_tuning.momentum"),
         (lambda: FineTuning(crop_scale=0.0), "fine_tuning.crop_scale"),
+        (lambda: FineTuning(clip=0.0), "fine_tuning.clip is 0.0"),
         (lambda: FineTuning(ranges="ema"), "fine_tuning.ranges"),  # type: ignore[arg-type]
         (lambda: ClassLabels(threshold=1.5), "labels.threshold"),
         (lambda: Distillation(temperature=0.0), "distillation.temperature"),
@@ -397,6 +400,41 @@ def test_an_epoch_that_makes_it_worse_is_undone() -> None:
     if rates[-6] == rates[-1]:  # no epoch but the first was undone
         again = tune(slower, replace(settings, lr=rates[-1]))
         assert again.lr_factor == 1 and again.last == pytest.approx(result.last, rel=1e-6)
+
+
+def test_gradients_are_scaled_to_a_share_of_the_weights() -> None:
+    """All by one factor, and only where they are larger."""
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(2))]
+    gradients = [torch.randn(4, 3), torch.randn(5)]  # the third has none
+    for parameter, gradient in zip(parameters, gradients, strict=False):
+        parameter.grad = gradient.clone()
+    moved = torch.cat([p.detach().flatten() for p in parameters[:2]]).norm()
+    clip_to_share(parameters, 0.01, lr=1.0)
+    clipped = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    assert clipped.norm() == pytest.approx(0.01 * float(moved), rel=1e-5)
+    whole = torch.cat([g.flatten() for g in gradients])
+    assert torch.allclose(clipped / clipped.norm(), whole / whole.norm())
+    before = clipped.clone()
+    clip_to_share(parameters, 0.01, lr=0.5)  # twice as large would do
+    assert torch.equal(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), before)
+    for parameter in parameters[:2]:
+        parameter.grad = torch.zeros_like(parameter)
+    clip_to_share(parameters, 0.01, lr=1.0)
+    assert all(p.grad is None or not p.grad.any() for p in parameters)
+
+
+def test_clipped_steps_move_the_weights_no_further_than_their_share() -> None:
+    share, steps = 1e-4, 4
+    settings = replace(
+        TINY, epochs=1, iterations=steps, lr=1.0, momentum=0.0, weight_decay=0.0, clip=share, undo_rise=1e9
+    )
+    networks = start()
+    before = {n: p.detach().clone() for n, p in networks[1].named_parameters()}
+    tune(networks, settings)
+    distances = [(p - before[n]).norm() for n, p in networks[1].named_parameters()]
+    norm = torch.stack([p.norm() for p in networks[0].parameters()]).norm()
+    assert 0 < float(torch.stack(distances).norm()) <= 1.01 * steps * share * float(norm)
 
 
 class TwoHalves(Group):

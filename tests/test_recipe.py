@@ -16,6 +16,7 @@ from zsq.budget import (
     MAX_LR_ROUNDING,
     MAX_REFINEMENT_FACTOR,
     MAX_SCALES_FACTOR_OF_2_BITS,
+    PIXEL_CLASS_WEIGHT,
     REFINEMENT_COUNTS,
     TRAVEL,
     TRAVEL_OF_4_BITS,
@@ -255,6 +256,9 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
         assert isinstance(scaled.synthesis, PixelSynthesis)
         assert scaled.synthesis.steps == min(synthesis_steps, recipe.synthesis.steps)
         assert scaled.synthesis.cosine is not None and scaled.synthesis.lr <= recipe.synthesis.lr
+        guides = scaled.synthesis.classes, recipe.synthesis.classes
+        weights = [guide.weight for guide in guides if guide is not None]
+        assert weights == ([min(weights[1], PIXEL_CLASS_WEIGHT), weights[1]] if weights else [])
         assert large.synthesis.num_images == COUNTS[budget, True][0]
     else:  # filters leave as many
         assert _left(scaled) == num_images and _left(large) == COUNTS[budget, True][0]

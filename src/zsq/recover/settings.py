@@ -186,6 +186,8 @@ class FineTuning:
         lr_decay: factor of `lr` after every `lr_decay_epochs` epochs.
         lr_decay_epochs: see `lr_decay`.
         lr_decays: how often it decays at most.
+        clip: gradients are scaled down so that lr times them, all together, is at most this share of the
+            norm of all that is trained, see `clip_to_share`; None (published) takes them as they are.
         undo_rise: an epoch in which the mean loss is above that before training, by more than this share of
             it and chance, is undone as soon as that is seen, and the rate is a third from there on, at most
             five times;
@@ -222,6 +224,7 @@ class FineTuning:
     lr_decay: float = 0.1
     lr_decay_epochs: int = 20
     lr_decays: int = 3
+    clip: float | None = field(default=None, metadata={"described": "unless default"})
     undo_rise: float = field(default=0.2, metadata={"described": "unless default"})
     ranges: Literal["kept", "minmax"] = "kept"
     range_momentum: float = 0.9
@@ -248,6 +251,8 @@ class FineTuning:
                 raise UsageError(
                     f"fine_tuning.{name} is {getattr(self, name)}. Expected a number from 0 to below 1."
                 )
+        if self.clip is not None and not self.clip > 0:
+            raise UsageError(f"fine_tuning.clip is {self.clip}. Expected above 0, or none.")
         if not self.undo_rise >= 0:
             raise UsageError(f"fine_tuning.undo_rise is {self.undo_rise}. Expected at least 0.")
         if not 0 < self.crop_scale <= 1:

@@ -1,5 +1,8 @@
 """One step of fine-tuning: the views of a minibatch, what the teacher says of them, the descent."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +57,24 @@ def mixed(images: Tensor, settings: Mixup, rng: torch.Generator) -> Tensor:
     return share * images + (1 - share) * images[others]
 
 
+@torch.no_grad()
+def clip_to_share(parameters: Sequence[nn.Parameter], share: float, lr: float) -> None:
+    """Scale all gradients by one factor of at most 1, so that lr ||gradients|| <= share ||parameters||.
+
+    Norms are Euclidean, over all parameters that have a gradient. Waits for no device.
+
+    Source: clipping by the global norm, Pascanu et al. (arXiv:1211.5063); a bound relative to the norm of the
+    weights as in the trust ratio of LARS (You et al., arXiv:1708.03888), here of the network as a whole.
+    """
+    moved = [p for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in moved if p.grad is not None]
+    most = share / lr * nn.utils.get_total_norm(moved)
+    # A norm of 0 gives a factor of 1, one that is not finite stays for the watch to find.
+    factor = (most / nn.utils.get_total_norm(gradients)).nan_to_num(nan=math.nan, posinf=1.0).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor)
+
+
 class Step:
     """One step of the optimizer on one minibatch; made once, so that nothing is set up in the loop."""
 
@@ -105,6 +126,8 @@ class Step:
             parts["perturbed"] = perturbation.weight * again
             (parts["perturbed"] * share).backward(inputs=self.parameters)
         self.group.add([p.grad for p in self.parameters if p.grad is not None])
+        if self.settings.clip is not None:
+            clip_to_share(self.parameters, self.settings.clip, self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         parts = {name: part.detach() * share for name, part in parts.items()}
         generator = {f"generator_{name}": part / self.group.size for name, part in batch.parts.items()}
