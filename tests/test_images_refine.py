@@ -22,7 +22,7 @@ from zsq.images.gradients import (
     similarity,
 )
 from zsq.images.losses import InputStatistics
-from zsq.images.neighbours import find_neighbours
+from zsq.images.neighbours import find_neighbours, to_edge
 from zsq.images.refine import refine, refine_batch
 from zsq.images.settings import Filter, Refinement, Synthesis
 from zsq.images.synthesis_loss import SynthesisLoss
@@ -212,9 +212,50 @@ def test_gradient_reaches_the_latents_through_the_student(batch: Batch, probe: P
     torch.testing.assert_close(slopes[0], slopes[1] + slopes[2], rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("scope", ["last_layer", "last_unit", "all_units"])
+def test_offsets_reach_the_edge() -> None:
+    direction = torch.tensor([[3.0, 4.0], [0.0, 0.0], [-1e-20, 0.0]])
+    otherwise = torch.tensor([[1.0, 1.0], [0.0, 5.0], [1.0, 0.0]])
+    expected = torch.tensor([[1.2, 1.6], [0.0, 2.0], [-2.0, 0.0]])
+    torch.testing.assert_close(to_edge(direction, 2.0, otherwise=otherwise), expected)
+
+
+def test_carried_neighbours_become_less_similar(observer: Observer, probe: Probe, batch: Batch) -> None:
+    """With images that stay: random at first, then less alike than random ones; no pass more than without."""
+    calls: list[int] = []
+
+    def counting(images: Tensor, logits: Tensor | None) -> Gradients:
+        calls.append(len(images))
+        return probe(images, logits)
+
+    still = replace(SETTINGS, steps=6, lr_latent=1e-12, lr_generator=1e-12, neighbour="carried", radius=2.0)
+    _, _, logged = refined(observer, counting, batch, still)
+    matches = [values["match"] for values in logged]
+    assert len(calls) == 2 * 6 + 1  # images, neighbours; the images at the end
+    assert min(matches[1:]) > matches[0]
+    found = find_neighbours(
+        batch.latents,
+        directions_of(probe, batch),
+        detached(directions_of(probe, batch)(batch.latents)),
+        replace(still, neighbour="searched"),
+        normal(batch.latents, rng()),
+    )
+    with torch.no_grad():
+        at = directions_of(probe, batch)
+        searched = float(gradient_match(at(batch.latents), at(batch.latents + found)))
+    assert matches[-1] > 0.9 * searched
+
+
+@pytest.mark.parametrize(
+    ("scope", "neighbour"),
+    [
+        ("last_layer", "searched"),
+        ("last_layer", "carried"),
+        ("last_unit", "searched"),
+        ("all_units", "searched"),
+    ],
+)
 def test_refinement_raises_the_worst_similarity(
-    scope: Any, networks: Networks, observer: Observer, batch: Batch
+    scope: Any, neighbour: Any, networks: Networks, observer: Observer, batch: Batch
 ) -> None:
     """Section (f), test 5: estimated anew, with other random starts, at the refined latents."""
     probe = gradient_probe(*networks, scope)
@@ -236,7 +277,7 @@ def test_refinement_raises_the_worst_similarity(
         steps=steps, lr_latent=0.03, lr_generator=3e-3, bn_weight=0, diversity_weight=0, gradients=scope
     )
     before = worst(batch.latents, batch.generator)
-    refined(observer, probe, Trained(batch, keep), settings)
+    refined(observer, probe, Trained(batch, keep), replace(settings, neighbour=neighbour))
     after = worst(keep["latents"].detach(), keep["generator"])
     assert after > before + 0.005
 
@@ -316,9 +357,11 @@ def several(
     return images, steps
 
 
-@pytest.mark.parametrize("scope", ["last_layer", "all_units"])
-def test_killed_and_resumed(scope: Any, networks: Networks) -> None:
-    settings = replace(SETTINGS, steps=2, gradients=scope)
+@pytest.mark.parametrize(
+    ("scope", "neighbour"), [("last_layer", "searched"), ("last_layer", "carried"), ("all_units", "searched")]
+)
+def test_killed_and_resumed(scope: Any, neighbour: Any, networks: Networks) -> None:
+    settings = replace(SETTINGS, steps=2, gradients=scope, neighbour=neighbour)
     whole: dict[str, dict[str, Tensor]] = {}
     images, steps = several(networks, settings, whole)
     assert images.shape == (24, *SIZE) and set(steps) == {"refined-000", "refined-001", "refined-002"}
@@ -421,7 +464,7 @@ def test_settings_are_checked() -> None:
     for name, value in (("steps", 0), ("neighbour_steps", 0), ("radius", -1.0), ("plateau_factor", 1.0)):
         with pytest.raises(UsageError, match=f"refinement.{name}"):
             Refinement(**{name: value})  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="searched or published"):
+    with pytest.raises(UsageError, match="searched, carried or published"):
         Refinement(neighbour="best")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="last_layer, last_unit or all_units"):
         Refinement(gradients="first")  # type: ignore[arg-type]

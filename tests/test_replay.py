@@ -114,12 +114,15 @@ def test_tables_of_reconstruction_are_its_steps(monkeypatch: pytest.MonkeyPatch,
     assert (tables == plain).float().mean() > 0.5
 
 
-def test_tables_of_a_refinement_are_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("neighbour", ["searched", "carried"])
+def test_tables_of_a_refinement_are_its_steps(neighbour: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, student, units = calibrated(Residual)
     made = synthesize_batch(
         teacher, replace(SYNTHESIS, cooldown=0.0), SIZE, 8, rng=rng(), log=lambda *_: None
     )
-    settings = Refinement(steps=3, lr_latent=0.01, lr_generator=1e-3, generator_decay_interval=2)
+    settings = Refinement(
+        steps=3, lr_latent=0.01, lr_generator=1e-3, generator_decay_interval=2, neighbour=neighbour
+    )
     probe, observer = gradient_probe(teacher, student, units, "last_layer"), observe(teacher, logits=True)
     logs: list[Any] = []
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zsq.images.gradients import Gradients, similarity
@@ -24,6 +25,7 @@ def find_neighbours(
     "searched": from a random offset of a tenth of the radius, each step goes to the edge of the ball against
     the slope of the similarity. At offset 0 the slope is exactly 0, as the similarity is largest there.
     "published": one such step from offset 0, with 1e-9 added to the anchor; its direction is rounding noise.
+    "carried" looks for nothing here, see `refine_batch`.
 
     All offsets are tried at once: the generator normalises by batch, so that images depend on all latents.
 
@@ -46,7 +48,12 @@ def find_neighbours(
         offsets.requires_grad_()
         similarities = similarity(directions_at(latents + offsets), own)
         (slope,) = torch.autograd.grad(similarities.sum(), offsets)
-        length = slope.norm(dim=1, keepdim=True)
-        downhill = torch.where(length > 0, -slope / length, start)
-        offsets = settings.radius * downhill
+        offsets = to_edge(-slope, settings.radius, otherwise=start)
     return offsets
+
+
+def to_edge(direction: Tensor, radius: float, *, otherwise: Tensor) -> Tensor:
+    """Offsets (N, L) of length `radius` in directions (N, L); where one is 0, in that of `otherwise`."""
+    length = direction.norm(dim=1, keepdim=True)
+    along = torch.where(length > 0, direction / length, F.normalize(otherwise, dim=1))
+    return radius * along

@@ -19,7 +19,7 @@ from zsq.images.gradients import (
     gradient_match,
     joined,
 )
-from zsq.images.neighbours import find_neighbours
+from zsq.images.neighbours import find_neighbours, to_edge
 from zsq.images.prior import STANDARD, InputPrior
 from zsq.images.schedules import LOGS_A_BATCH, check_finite, generator_rates, latent_optimizer
 from zsq.images.settings import Refinement, Synthesis
@@ -131,7 +131,8 @@ def refine_batch(
     Loss, each part with its weight: that of synthesis on the images, see `Refinement.swing`, in which images
     that differ in their looks are held to what they have of them;
     `gradient_match` with the neighbours that the same generator makes of latents at `radius`; `diversity`.
-    The neighbours' offsets are constants, the gradient passes through both members of a pair.
+    The neighbours' offsets are constants, the gradient passes through both members of a pair; those that are
+    carried on start in random directions and follow the slope of each step's loss (`to_edge`).
 
     Args:
         observer: of the teacher, with logits, or of a swinging view of it, which need not have them.
@@ -169,6 +170,7 @@ def refine_batch(
         return directions(probe(images_at(point), None))
 
     matching = settings.match_weight > 0 and settings.radius > 0
+    searching = matching and settings.neighbour != "carried"
     log_every = math.ceil(settings.steps / LOGS_A_BATCH)
     advice = (
         f"Try a smaller refinement.lr_latent (now {settings.lr_latent}) or refinement.lr_generator (now "
@@ -178,8 +180,13 @@ def refine_batch(
     rates = generator_rates(settings, interval=settings.generator_decay_interval)
 
     def starts() -> Tensor:
-        """Where this step's neighbour searches start; a draw for every step that looks for neighbours."""
+        """Where neighbour searches start; a draw for every step that searches, or one for all."""
         return torch.randn(latents.shape, generator=rng)
+
+    carried = None
+    if matching and not searching:
+        drawn_once = starts().to(device)
+        carried = to_edge(drawn_once, settings.radius, otherwise=drawn_once).requires_grad_()
 
     def seen(shifts: Shifts | None) -> ForwardPass:
         return observer(images_at(latents), *(() if shifts is None else (shifts,)))
@@ -197,8 +204,11 @@ def refine_batch(
             parts["bn"] = bn_weight, objective(forward)[0]
         if matching or settings.diversity_weight > 0:
             own = directions(probe(forward.images, forward.logits))
-        if start is not None:
-            offsets = find_neighbours(latents.detach(), directions_at, detached(own), settings, start)
+        if matching:
+            offsets = carried
+            if start is not None:
+                offsets = find_neighbours(latents.detach(), directions_at, detached(own), settings, start)
+            assert offsets is not None
             match = gradient_match(own, directions_at(latents + offsets))
             parts["match"] = settings.match_weight, match
         if settings.diversity_weight > 0:
@@ -206,9 +216,13 @@ def refine_batch(
             parts["diversity"] = settings.diversity_weight, spread
         loss = torch.stack([weight * part for weight, part in parts.values()]).sum()
         optimizer.zero_grad()
-        loss.backward(inputs=parameters)
+        loss.backward(inputs=parameters if carried is None else [*parameters, carried])
         optimizer.step()
         plateau.step(loss.detach())
+        if carried is not None and carried.grad is not None:
+            with torch.no_grad():  # the loss rises where neighbours become less similar
+                carried.copy_(to_edge(carried.grad, settings.radius, otherwise=carried))
+            carried.grad = None
         return {"loss": loss, **{name: part for name, (_, part) in parts.items()}}
 
     of_generator = optimizer.param_groups[1]
@@ -216,7 +230,7 @@ def refine_batch(
     recorded = None
     steps = settings.steps if settings.bn_weight > 0 or matching or settings.diversity_weight > 0 else 0
     if can_record(device) and steps:
-        drawn = {"starts": torch.stack([starts() for _ in range(steps)])} if matching else {}
+        drawn = {"starts": torch.stack([starts() for _ in range(steps)])} if searching else {}
         if num_swinging:
             drawn["shifts"] = torch.tensor([draw_shifts(num_swinging, rng) for _ in range(steps)])
         course = Course(device, rates=torch.tensor(rates), **drawn)
@@ -238,7 +252,7 @@ def refine_batch(
             values = dict(zip(names, losses, strict=True))
         else:
             of_generator["lr"] = rates[step]
-            start = starts().to(device) if matching else None
+            start = starts().to(device) if searching else None
             values = learn(start, draw_shifts(num_swinging, rng) if num_swinging else None)
             watch.see(step, [values["loss"]])
         if step % log_every == 0 or step == settings.steps - 1:

@@ -119,7 +119,9 @@ class Refinement:
         diversity_threshold: similarities up to it cost nothing.
         radius: Euclidean distance of the neighbour in the space of latents; 0 leaves the gradient match out.
         neighbour: how the least similar neighbour is looked for: "searched" steps from a random start;
-            "published" follows the gradient at distance 0, which is rounding noise.
+            "published" follows the gradient at distance 0, which is rounding noise; "carried" keeps an offset
+            a latent over all steps and, after each, takes it to the edge of the ball along the slope that the
+            loss of that step had there, which costs no pass of its own (after arXiv:1904.12843).
         neighbour_steps: steps of "searched", each to the edge of the ball.
         gradients: of which weights the gradients are: those of the last layer (nearly free), of the last
             unit, or of every unit (cosines are averaged).
@@ -143,7 +145,7 @@ class Refinement:
     diversity_weight: float = 1.0
     diversity_threshold: float = 0.0
     radius: float = 1.0
-    neighbour: Literal["searched", "published"] = "searched"
+    neighbour: Literal["searched", "carried", "published"] = "searched"
     neighbour_steps: int = 1
     gradients: Scope = "last_layer"
     bank_size: int = 1024
@@ -154,7 +156,7 @@ class Refinement:
         weights = ("bn_weight", "match_weight", "diversity_weight", "radius", "bank_size")
         at_least(0, "refinement", self, weights)
         plateau_factor("refinement", self.plateau_factor)
-        one_of("refinement.neighbour", self.neighbour, ("searched", "published"))
+        one_of("refinement.neighbour", self.neighbour, ("searched", "carried", "published"))
         one_of("refinement.gradients", self.gradients, get_args(Scope))
 
 
