@@ -9,6 +9,7 @@ from tiny_networks import message
 from zsq.budget import (
     BUDGETS,
     COUNTS,
+    FINE_TUNING_CLIP,
     FINE_TUNING_COUNTS,
     FINE_TUNING_FACTOR,
     LARGE_BATCH,
@@ -287,7 +288,9 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
         assert counts == FINE_TUNING_COUNTS[budget, False]
         assert tuning.lr == pytest.approx(FINE_TUNING_FACTOR * published_tuning.lr)
         assert 0 < tuning.lr_decay_epochs < tuning.epochs and tuning.lr_decays == 1
-        losses = ("distillation", "labels", "maps", "features", "perturbation", "low_pass", "ranges")
+        weights = [labels and labels.weight for labels in (tuning.labels, published_tuning.labels)]
+        assert weights[0] == weights[1] and (tuning.clip, published_tuning.clip) == (FINE_TUNING_CLIP, None)
+        losses = ("distillation", "maps", "features", "perturbation", "low_pass", "ranges")
         assert all(getattr(tuning, name) == getattr(published_tuning, name) for name in losses)
         assert large.fine_tuning.lr == pytest.approx(tuning.lr * LARGE_FACTOR)
     stages = ("synthesis", "refinement", "filter", "reconstruction", "fine_tuning")

@@ -12,7 +12,7 @@ from tiny_networks import message
 from torch import Tensor
 
 import zsq
-from zsq.budget import with_budget
+from zsq.budget import FINE_TUNING_CLIP, GENERATED_DIFFICULTY, with_budget
 from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.pixel_settings import Centres
 from zsq.models import Teacher
@@ -180,6 +180,10 @@ def test_budgets() -> None:
     assert quick.synthesis.batch_size == quick.fine_tuning.batch_size == 64
     assert quick.synthesis.centres is not None and quick.synthesis.centres.steps == round(1500 * 150 / 800)
     assert with_budget(recipe, "paper", input_size=(3, 32, 32)) is recipe
+    for name, threshold in (("gdfq", GENERATED_DIFFICULTY), ("gdfq-synq", 0.5), ("intraq", 1.0)):
+        tuning = with_budget(RECIPES[name], "quick", input_size=(3, 32, 32)).fine_tuning
+        assert tuning is not None and tuning.clip == FINE_TUNING_CLIP
+        assert tuning.labels is not None and tuning.labels.threshold == threshold
     large = with_budget(recipe, "paper", input_size=(3, 224, 224))
     assert isinstance(large.synthesis, GeneratorSynthesis) and large.fine_tuning is not None
     assert (large.synthesis.condition, large.synthesis.steps) == ("norms", 10000)
