@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import platform
+from contextlib import nullcontext
 from typing import Any
 
 from zsq._version import __version__
@@ -64,10 +65,18 @@ def diagnosis() -> dict[str, Any]:
         "devices": devices,
         "threads": torch.get_num_threads(),
         "extras": {
-            name: {"enables": enables, "packages": {package: _state(package) for package in packages}}
+            name: {"enables": enables, "packages": _states(name, packages)}
             for name, (packages, enables) in EXTRAS.items()
         },
     }
+
+
+def _states(extra: str, packages: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """State of each package of an extra, imported as it is where zsq uses it."""
+    from zsq.images.text_to_image import without_broken_torchvision
+
+    with without_broken_torchvision() if extra == "diffusion" else nullcontext():
+        return {package: _state(package) for package in packages}
 
 
 def _state(package: str) -> dict[str, Any]:

@@ -26,6 +26,8 @@ Settings are those of the code for CIFAR-100. Where this differs:
 * Inputs of more than 64 x 64 pixels get the paper's generator for ImageNet (the class chooses scale and shift
   of its BatchNorms), 10000 steps before the student, and 16 images a step. The student's rate is then 1e-5,
   as in AdaDFQ; GDFQ's is 1e-6 (`fine_tuning.lr=1e-6`).
+* Budgets with fewer steps leave hard labels to images whose class the teacher finds likely, see
+  `zsq.budget.with_budget`.
 * Ranges, quantizers, gradients: see `zsq show hast`.
 
 `gdfq-synq`: table 7 of SynQ (arXiv:2603.18423). The images of GDFQ's generator, in turns; SynQ's low-pass

@@ -32,6 +32,7 @@ Where the paper and its published code differ, or the code is in error, this is 
   a network of six convolutions, hard labels at 3e-3, weights before saturated activations had grown to 6e14
   after 24 steps, while without it the loss fell steadily.
 * Images are cropped and flipped in every step.
+* Budgets with fewer steps clip steps to a thousandth of the weights' norm, see `zsq.budget.with_budget`.
 * When the mean loss of an epoch is above that before training, the student goes back to where the epoch
   began, and the rate falls to a third (`fine_tuning.undo_rise`). At the rate of the quick budget the first
   steps move a student so far that what follows fits it to the images alone: W4A4, seed 0, 128 images, 1500
