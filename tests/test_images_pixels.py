@@ -15,6 +15,7 @@ from zsq.graph.capture import capture
 from zsq.images.class_losses import labels_for
 from zsq.images.class_settings import ClassGuide
 from zsq.images.forward import observe
+from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.pixel_settings import Centres, Crops, PixelSynthesis, StatisticsMatch
 from zsq.images.pixels import optimise_pixels, synthesize_pixels
 from zsq.images.prior import InputPrior
@@ -174,6 +175,21 @@ def test_centres_have_each_class_once(residual: fx.GraphModule) -> None:
     assert all("centres" in values for name, _, _, values in logged if name.startswith("synthesis"))
 
 
+def test_centres_of_some_classes(residual: fx.GraphModule) -> None:
+    """Which ones is drawn; more than there are is all."""
+    drawn: set[tuple[int, ...]] = set()
+    for seed in range(4):
+        finished: Pieces = {}
+        make(residual, replace(GUIDED, centres=Centres(steps=1, classes=3)), finished, seed=seed)
+        labels = finished["centres-000"]["labels"].tolist()
+        assert len(finished["centres-000"]["images"]) == 3 and labels == sorted(set(labels))
+        drawn.add(tuple(labels))
+    assert len(drawn) > 1
+    all_of_them: Pieces = {}
+    make(residual, replace(GUIDED, centres=Centres(steps=1, classes=9)), all_of_them)
+    assert all_of_them["centres-000"]["labels"].tolist() == list(range(5))
+
+
 def test_pixels_start_from_the_prior_and_take_the_learning_rate(residual: fx.GraphModule) -> None:
     prior = InputPrior((1.0, 0.0, -1.0), (0.5, 1.0, 2.0))
     settings = replace(SHORT, num_images=400, batch_size=400, steps=1, lr=0.25)
@@ -242,6 +258,10 @@ def test_errors(residual: fx.GraphModule) -> None:
         ClassGuide(second_share=0.5, loss="probability")
     with pytest.raises(UsageError, match="synthesis.centres.steps"):
         Centres(steps=0)
+    with pytest.raises(UsageError, match="synthesis.centres.classes"):
+        Centres(classes=0)
+    with pytest.raises(UsageError, match="held to the centre of its class"):
+        GeneratorSynthesis(centres=Centres(classes=4))
 
 
 class Swapped(AfterReLU):

@@ -261,6 +261,9 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
         weights = [guide.weight for guide in guides if guide is not None]
         assert weights == ([min(weights[1], PIXEL_CLASS_WEIGHT), weights[1]] if weights else [])
         assert large.synthesis.num_images == COUNTS[budget, True][0]
+        if recipe.synthesis.centres is not None:  # of 1000 classes they would take most of the time
+            assert scaled.synthesis.centres.classes is None
+            assert large.synthesis.centres.classes == large.synthesis.num_images
     else:  # filters leave as many
         assert _left(scaled) == num_images and _left(large) == COUNTS[budget, True][0]
         assert scaled.synthesis.num_images / num_images == recipe.synthesis.num_images / _left(recipe)

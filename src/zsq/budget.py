@@ -118,7 +118,7 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
     if isinstance(source, Synthesis):
         source = replace(source, num_images=num_images, steps=synthesis_steps)
     elif isinstance(source, PixelSynthesis):
-        source = _pixels(source, num_images, synthesis_steps)
+        source = _pixels(source, num_images, synthesis_steps, large)
     elif isinstance(source, GeneratorSynthesis):
         source = _generator(source, num_images, synthesis_steps, FINE_TUNING_COUNTS[budget, large][2], large)
     elif isinstance(source, TextToImage):
@@ -225,11 +225,16 @@ def _faster_scales(published: Reconstruction, steps: int, activation_bits: int |
     )
 
 
-def _pixels(published: PixelSynthesis, num_images: int, steps: int) -> PixelSynthesis:
-    """At most so many images and steps a batch; the steps of the centres shrink in proportion."""
+def _pixels(published: PixelSynthesis, num_images: int, steps: int, large: bool) -> PixelSynthesis:
+    """At most so many images and steps a batch; the steps of the centres shrink in proportion.
+
+    Large centres are no more than there are images: of 1000 classes they would take 30 times their time.
+    """
     steps = min(published.steps, steps)
-    centres = _shorter_centres(published.centres, steps / published.steps)
     num_images = min(published.num_images, num_images)
+    centres = _shorter_centres(published.centres, steps / published.steps)
+    if centres is not None and large:
+        centres = replace(centres, classes=num_images)
     if steps < published.steps and published.cosine is None:
         published = replace(published, lr=min(published.lr, PIXEL_LR), cosine=Cosine())
     classes = published.classes

@@ -57,6 +57,11 @@ class GeneratorSynthesis:
         if not 0 <= self.beta1 < 1:
             raise UsageError(f"synthesis.beta1 is {self.beta1}. Expected a number from 0 to below 1.")
         share_of_second("synthesis.second_share", self.second_share)
+        if self.centres is not None and self.centres.classes is not None:
+            raise UsageError(
+                f"synthesis.centres.classes is {self.centres.classes}, and each image of a generator is held "
+                "to the centre of its class. Leave it at none, or give synthesis.centres=none."
+            )
         if self.second_share > 0 and self.centres is not None:
             raise UsageError(
                 f"synthesis.second_share is {self.second_share}, and synthesis.centres holds an image to one "

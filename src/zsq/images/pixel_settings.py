@@ -79,6 +79,8 @@ class Centres:
     """One image a class is made first; in the deeper layers their statistics are targets for the others.
 
     Attributes:
+        classes: at most so many classes, drawn at random, have one; None (published): every class. Generators
+            that make images of classes need all.
         weight: factor of the distance to the statistics of the centres.
         steps: optimizer steps of the centres.
         lr_min: the learning rate of the centres never falls below it.
@@ -87,6 +89,7 @@ class Centres:
         texture_weight: factor of the distance of each one's texture energies to those of natural images.
     """
 
+    classes: int | None = field(default=None, metadata={"described": "unless default"})
     weight: float = 0.02
     steps: int = 1500
     lr_min: float = 0.05
@@ -96,7 +99,7 @@ class Centres:
     texture_weight: float = field(default=0.0, metadata={"described": "unless default"})
 
     def __post_init__(self) -> None:
-        at_least(1, "synthesis.centres", self, ("steps",))
+        at_least(1, "synthesis.centres", self, ("steps",) if self.classes is None else ("steps", "classes"))
         names = ("weight", "lr_min", "class_weight", "shallow", "deep", "texture_weight")
         at_least(0, "synthesis.centres", self, names)
 

@@ -105,9 +105,9 @@ def synthesize_pixels(
     return torch.cat([finished[name]["images"] for name in names])
 
 
-def centre_names(num_classes: int, settings: PixelSynthesis) -> list[str]:
+def centre_names(num_centres: int, settings: PixelSynthesis) -> list[str]:
     """Under which the batches of centres are kept once they are finished, in order."""
-    return [f"centres-{k:03d}" for k in range(len(batch_sizes(num_classes, settings.batch_size)))]
+    return [f"centres-{k:03d}" for k in range(len(batch_sizes(num_centres, settings.batch_size)))]
 
 
 def make_centres(
@@ -122,6 +122,8 @@ def make_centres(
     group: Group = ALONE,
 ) -> list[str]:
     """Make one image a class, unless they are there: in `finished`, in order of class, under these names.
+
+    With fewer centres than classes, which ones is drawn from `seed`.
 
     Args: as for `synthesize_pixels`, for settings with centres.
 
@@ -141,9 +143,12 @@ def make_centres(
         crops=None,
         centres=None,
     )
-    classes = number_of_classes(teacher)
-    names, sizes = centre_names(classes, settings), batch_sizes(classes, settings.batch_size)
-    parts = torch.arange(classes).split(sizes)
+    chosen = torch.arange(number_of_classes(teacher))
+    if settings.centres.classes is not None:
+        drawn = torch.randperm(len(chosen), generator=rng_for(seed, "centres", "classes"))
+        chosen = chosen[drawn[: settings.centres.classes].sort().values]
+    names, sizes = centre_names(len(chosen), settings), batch_sizes(len(chosen), settings.batch_size)
+    parts = chosen.split(sizes)
 
     def make(index: int) -> dict[str, Tensor]:
         images = optimise_pixels(
