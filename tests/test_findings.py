@@ -155,7 +155,7 @@ def test_scales_that_learning_drives_to_their_bound_are_kept_there_and_named() -
 
 
 def test_epochs_that_were_undone_are_a_finding() -> None:
-    overrides = {**RECIPES["hast"], "fine_tuning.lr": 0.01}
+    overrides = {**RECIPES["hast"], "fine_tuning.lr": 0.01, "fine_tuning.clip": "none"}
     run = zsq.quantize(teacher(Residual), recipe="hast", bits="W3A3", overrides=overrides, budget="quick")
     factor = run.record["results"]["fine_tuning"]["lr_factor"]
     (found,) = (one for one in run.record["results"]["findings"] if one["stage"] == "fine-tune")
