@@ -235,12 +235,12 @@ def _pixels(published: PixelSynthesis, num_images: int, steps: int, large: bool)
     centres = _shorter_centres(published.centres, steps / published.steps)
     if centres is not None and large:
         centres = replace(centres, classes=num_images)
-    if steps < published.steps and published.cosine is None:
+    fewer, classes = steps < published.steps, published.classes
+    if fewer and published.cosine is None:
         published = replace(published, lr=min(published.lr, PIXEL_LR), cosine=Cosine())
-    classes = published.classes
-    if steps < published.steps and classes is not None:
-        classes = replace(classes, weight=min(classes.weight, PIXEL_CLASS_WEIGHT))
-        published = replace(published, classes=classes)
+    if fewer and classes is not None:
+        weight = min(classes.weight, PIXEL_CLASS_WEIGHT)
+        published = replace(published, classes=replace(classes, weight=weight))
     return replace(published, num_images=num_images, steps=steps, centres=centres)
 
 

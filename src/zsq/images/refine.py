@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, MutableMapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from zsq.graph.tensors import device_of
@@ -170,7 +171,6 @@ def refine_batch(
         return directions(probe(images_at(point), None))
 
     matching = settings.match_weight > 0 and settings.radius > 0
-    searching = matching and settings.neighbour != "carried"
     log_every = math.ceil(settings.steps / LOGS_A_BATCH)
     advice = (
         f"Try a smaller refinement.lr_latent (now {settings.lr_latent}) or refinement.lr_generator (now "
@@ -184,9 +184,9 @@ def refine_batch(
         return torch.randn(latents.shape, generator=rng)
 
     carried = None
-    if matching and not searching:
-        drawn_once = starts().to(device)
-        carried = to_edge(drawn_once, settings.radius, otherwise=drawn_once).requires_grad_()
+    if matching and settings.neighbour == "carried":
+        carried = (settings.radius * F.normalize(starts().to(device), dim=1)).requires_grad_()
+    searching = matching and carried is None
 
     def seen(shifts: Shifts | None) -> ForwardPass:
         return observer(images_at(latents), *(() if shifts is None else (shifts,)))
@@ -204,11 +204,10 @@ def refine_batch(
             parts["bn"] = bn_weight, objective(forward)[0]
         if matching or settings.diversity_weight > 0:
             own = directions(probe(forward.images, forward.logits))
-        if matching:
-            offsets = carried
-            if start is not None:
-                offsets = find_neighbours(latents.detach(), directions_at, detached(own), settings, start)
-            assert offsets is not None
+        offsets = carried
+        if start is not None:
+            offsets = find_neighbours(latents.detach(), directions_at, detached(own), settings, start)
+        if offsets is not None:
             match = gradient_match(own, directions_at(latents + offsets))
             parts["match"] = settings.match_weight, match
         if settings.diversity_weight > 0:

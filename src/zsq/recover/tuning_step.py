@@ -1,6 +1,5 @@
 """One step of fine-tuning: the views of a minibatch, what the teacher says of them, the descent."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -69,8 +68,7 @@ def clip_to_share(parameters: Sequence[nn.Parameter], share: float, lr: float) -
     moved = [p for p in parameters if p.grad is not None]
     gradients = [p.grad for p in moved if p.grad is not None]
     most = share / lr * nn.utils.get_total_norm(moved)
-    # A norm of 0 gives a factor of 1, one that is not finite stays for the watch to find.
-    factor = (most / nn.utils.get_total_norm(gradients)).nan_to_num(nan=math.nan, posinf=1.0).clamp(max=1.0)
+    factor = (most / nn.utils.get_total_norm(gradients)).clamp(max=1.0)  # 1 where all gradients are 0
     for gradient in gradients:
         gradient.mul_(factor)
 
