@@ -183,6 +183,20 @@ def test_gradient_match_range_and_fixed_points() -> None:
     assert float(unit_rows(torch.zeros(1, 3)).abs().max()) == 0  # and not NaN
 
 
+def test_gradient_match_looks_at_the_least_similar() -> None:
+    """By hand: similarities 1, 0 and -1 weigh in proportion to 0, 1 and 2 at a focus of 1."""
+    ones = torch.ones(3, 1, dtype=torch.float64)
+    first = ((ones, torch.tensor([[1.0, 0.0]], dtype=torch.float64).repeat(3, 1)),)
+    others = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64).requires_grad_()
+    match = gradient_match(first, ((ones, others),), focus=1.0)
+    assert match.item() == pytest.approx(5 / 3, abs=1e-5)
+    (slope,) = torch.autograd.grad(match, others)  # weights are constants: only the similarities move
+    torch.testing.assert_close(slope[:, 0] * -3, torch.tensor([0.0, 1.0, 2.0]).double(), atol=1e-5, rtol=0.0)
+    others = others.detach()
+    plain = gradient_match(first, ((ones, others),))
+    assert float(plain) == pytest.approx(1) == float(gradient_match(first, ((ones, others),), focus=0.0))
+
+
 def test_diversity() -> None:
     """Section (f), test 6."""
     a = rows(4, 6)

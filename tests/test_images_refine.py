@@ -80,7 +80,7 @@ def refined(
     synthesis: Synthesis = SYNTHESIS,
 ) -> tuple[Tensor, Gradients, list[dict[str, float]]]:
     logged: list[dict[str, float]] = []
-    images, found = refine_batch(
+    made, found = refine_batch(
         observer,
         probe,
         batch,
@@ -90,7 +90,7 @@ def refined(
         rng=rng(seed),
         log=lambda step, values: logged.append(values),
     )
-    return images, found, logged
+    return made.images, found, logged
 
 
 def test_the_loss_of_synthesis_weighs_what_it_was(observer: Observer, probe: Probe, batch: Batch) -> None:
@@ -340,7 +340,11 @@ def test_divergence_is_a_job_error(observer: Observer, probe: Probe, batch: Batc
 
 
 def several(
-    networks: Networks, settings: Refinement = SETTINGS, finished: dict[str, dict[str, Tensor]] | None = None
+    networks: Networks,
+    settings: Refinement = SETTINGS,
+    finished: dict[str, dict[str, Tensor]] | None = None,
+    *,
+    keep_sources: bool = False,
 ) -> tuple[Tensor, list[str]]:
     teacher, student, units = networks
     steps: list[str] = []
@@ -353,6 +357,7 @@ def several(
         seed=7,
         finished={} if finished is None else finished,
         log=lambda name, step, values: steps.append(name),
+        keep_sources=keep_sources,
     )
     return images, steps
 
@@ -405,7 +410,7 @@ def test_the_bank_is_bounded_and_without_history(networks: Networks, monkeypatch
     banks: list[Gradients | None] = []
     original = module.refine_batch
 
-    def watching(*args: Any, bank: Gradients | None, **options: Any) -> tuple[Tensor, Gradients]:
+    def watching(*args: Any, bank: Gradients | None, **options: Any) -> tuple[Batch, Gradients]:
         banks.append(bank)
         return original(*args, bank=bank, **options)
 
@@ -460,7 +465,23 @@ def test_memory_does_not_grow_with_the_batches(networks: Networks) -> None:
     assert peaks[1] > 100 * bank and max(peaks[1:]) < peaks[1] + 8 * bank
 
 
+def test_sources_are_kept_for_another_refinement(networks: Networks) -> None:
+    """From what is kept the images follow; batches that were kept without it are made again."""
+    whole: dict[str, dict[str, Tensor]] = {}
+    images, _ = several(networks, finished=whole)
+    again, steps = several(networks, finished=whole, keep_sources=True)
+    assert torch.equal(again, images) and set(steps) == set(whole)
+    for piece, made in zip(whole.values(), images.split(8), strict=True):
+        batch = batch_from_piece(piece, torch.device("cpu"))
+        with torch.no_grad():
+            torch.testing.assert_close(batch.generator(batch.latents), made)
+    _, steps = several(networks, finished=whole)
+    assert not steps
+
+
 def test_settings_are_checked() -> None:
+    with pytest.raises(UsageError, match="no more rounds than steps"):
+        Refinement(steps=2, rounds=3)
     for name, value in (("steps", 0), ("neighbour_steps", 0), ("radius", -1.0), ("plateau_factor", 1.0)):
         with pytest.raises(UsageError, match=f"refinement.{name}"):
             Refinement(**{name: value})  # type: ignore[arg-type]

@@ -137,7 +137,7 @@ def test_tables_of_a_refinement_are_its_steps(neighbour: Any, monkeypatch: pytes
             rng=rng(1),
             log=lambda step, values: logs.append((step, values)),
         )
-        return found
+        return found.images
 
     plain, tables = both(monkeypatch, refine_module, run)
     # The search for neighbours follows tiny differences (of rates rounded to float32): few steps, and means.

@@ -117,6 +117,41 @@ def test_interrupted_at_any_event_and_continued(
             assert all(event.resumed for event in kept)
 
 
+ROUNDS: dict[str, Any] = {"refinement.rounds": 2}
+
+
+def test_rounds_have_students_of_their_own(model: Teacher, tmp_path: Path) -> None:
+    """Steps are shared, students are not; progress counts all of them, and any round can be continued."""
+    out, events = tmp_path / "run", []
+    whole = run(model, overrides=ROUNDS, out=out, progress=events.append)
+    expected = contents(out)
+    assert not torch.equal(whole.images, run(model).images)
+    for stage in ("warm-up", "refine"):
+        seen = [event for event in events if event.stage == stage]
+        assert {event.item.split(", ")[1] for event in seen} == {"round 1 of 2", "round 2 of 2"}
+        assert [event.done for event in seen] == sorted(event.done for event in seen)
+        assert len({event.total for event in seen}) == 1 and seen[-1].done == seen[-1].total
+    assert seen[-1].total == 2 * REFINED["refinement.steps"]  # of two batches
+    at = next(
+        k for k, e in enumerate(events) if e.stage == "refine" and e.item.startswith("batch 2 of 2, round 2")
+    )
+    first = next(k for k, e in enumerate(events) if e.stage == "warm-up" and e.item.endswith("round 2 of 2"))
+    for position in (first, at):
+        folder = tmp_path / f"run-{position}"
+        with pytest.raises(KeyboardInterrupt):
+            run(model, overrides=ROUNDS, out=folder, progress=Killer(position))
+        again: list[Progress] = []
+        run(model, overrides=ROUNDS, out=folder, progress=again.append)
+        assert all(contents(folder)[name] == expected[name] for name in RESULTS)
+        early = [e for e in again if e.item.endswith("round 1 of 2")]
+        assert early and all(event.resumed for event in early)
+
+
+def test_a_round_without_weights_changes_nothing(model: Teacher) -> None:
+    still = {f"refinement.{part}_weight": 0 for part in ("bn", "match", "diversity")}
+    assert torch.equal(run(model, "genie").images, run(model, overrides=still | ROUNDS).images)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"refinement.gradients": "all_units"}, {"fold_batch_norm": True}, {"synthesis.precision": "bfloat16"}],

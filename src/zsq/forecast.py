@@ -189,9 +189,8 @@ def trial_recipe(settings: Recipe) -> Recipe:
         settings = replace(settings, filter=_fewer(settings.filter, count))
     if settings.refinement is not None:
         steps, warmup = _few(settings.refinement.steps), _few(settings.refinement.warmup_steps)
-        settings = replace(
-            settings, refinement=replace(settings.refinement, steps=steps, warmup_steps=warmup)
-        )
+        shorter = replace(settings.refinement, steps=steps, warmup_steps=warmup, rounds=1)
+        settings = replace(settings, refinement=shorter)
     if settings.reconstruction is not None:
         few = _few(settings.reconstruction.steps)
         settings = replace(settings, reconstruction=replace(settings.reconstruction, steps=few))
@@ -220,7 +219,10 @@ def planned_steps(settings: Recipe) -> dict[str, float]:
         return found
     if settings.refinement is not None:
         steps, warmup = settings.refinement.steps, settings.refinement.warmup_steps
-        found |= {"refine": batches * steps / _few(steps), "warm-up": warmup / _few(warmup)}
+        found |= {
+            "refine": batches * steps / _few(steps),
+            "warm-up": settings.refinement.rounds * warmup / _few(warmup),
+        }
     if settings.reconstruction is not None:
         found["reconstruct"] = settings.reconstruction.steps / _few(settings.reconstruction.steps)
     if settings.fine_tuning is not None:

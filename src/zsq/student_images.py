@@ -1,7 +1,7 @@
 """Images that depend on a student: refined against it, or chosen by the gradients that they give it."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -95,7 +95,7 @@ def refined_images(
     batches: Mapping[str, Mapping[str, Tensor]],
     report: Callback,
 ) -> Tensor:
-    """Learn a student shortly on the images, then refine their batches against it.
+    """Learn a student shortly on the images, then refine their batches against it; in rounds, if so set.
 
     Args:
         networks: not changed; the short student is a copy.
@@ -112,43 +112,65 @@ def refined_images(
     """
     source, refinement = settings.synthesis, settings.refinement
     assert isinstance(source, Synthesis) and refinement is not None
-    student = _short_student(networks, images, settings, refinement, seed, state, report)
-    probe = _probe(networks, student, refinement.gradients)
-    device = device_of(networks.graph)
-    names = batch_names(source)
+    device, prior, rounds = device_of(networks.graph), input_prior(spec), refinement.rounds
+    names, made = batch_names(source), batches
     refined_names = [refined_name(k) for k in range(len(names))]
-
-    def batch(name: str) -> Batch:
-        return batch_from_piece(batches[name], device)
-
-    def event(index: int, steps: int, values: dict[str, float], *, resumed: bool = False) -> None:
-        item, total = f"batch {index + 1} of {len(names)}", len(names) * refinement.steps
-        report(Progress("refine", item, index * refinement.steps + steps, total, values, resumed))
-
-    def log(name: str, step: int, values: dict[str, float]) -> None:
-        event(refined_names.index(name), step + 1, values)
-
-    for index, name in enumerate(refined_names):
-        if name in state:
-            event(index, refinement.steps, {}, resumed=True)
     advice = room_advice(source)
     if refinement.gradients != "last_layer":
         advice += (
             f" Gradients of the last layer take the least (refinement.gradients, now {refinement.gradients})."
         )
-    with no_room(advice):
-        refined = refine(
-            networks.graph,
-            probe,
-            [partial(batch, name) for name in names],
-            refinement,
-            source,
-            seed=seed,
-            finished=state,
-            log=log,
-            prior=input_prior(spec),
-        )
-        return refined.to(device)
+
+    def batch(made: Mapping[str, Mapping[str, Tensor]], name: str) -> Batch:
+        return batch_from_piece(made[name], device)
+
+    for index in range(rounds):
+        first, end = (refinement.steps * k // rounds for k in (index, index + 1))
+        part = replace(refinement, steps=end - first, rounds=1)
+        state_of_it = state if index == 0 else Prefixed(state, f"round-{index}-")
+        seed_of_it = seed if index == 0 else derived_seed(seed, "round", index)
+
+        def shown(progress: Progress, index: int = index, first: int = first) -> None:
+            """The progress of this round as that of all."""
+            before, total = index * progress.total, rounds * progress.total
+            if progress.stage == "refine":
+                before, total = (len(refined_names) * steps for steps in (first, refinement.steps))
+            of = f", round {index + 1} of {rounds}" if rounds > 1 else ""
+            report(replace(progress, item=progress.item + of, done=before + progress.done, total=total))
+
+        student = _short_student(networks, images, settings, part, seed_of_it, state_of_it, shown)
+        log = _batch_log(shown, refined_names, part.steps, state_of_it)
+        with no_room(advice):
+            refined = refine(
+                networks.graph,
+                _probe(networks, student, part.gradients),
+                [partial(batch, made, name) for name in names],
+                part,
+                source,
+                seed=seed_of_it,
+                finished=state_of_it,
+                log=log,
+                prior=prior,
+                keep_sources=index + 1 < rounds,
+            )
+            images = refined.to(device)
+        names, made = refined_names, state_of_it
+    return images
+
+
+def _batch_log(
+    report: Callback, names: Sequence[str], steps: int, finished: State
+) -> Callable[[str, int, dict[str, float]], None]:
+    """A `log` for `refine` that becomes Progress; that of finished batches is reported at once."""
+
+    def event(index: int, done: int, values: dict[str, float], *, resumed: bool = False) -> None:
+        item, total = f"batch {index + 1} of {len(names)}", len(names) * steps
+        report(Progress("refine", item, index * steps + done, total, values, resumed))
+
+    for index, name in enumerate(names):
+        if name in finished:
+            event(index, steps, {}, resumed=True)
+    return lambda name, step, values: event(names.index(name), step + 1, values)
 
 
 def kept_images(

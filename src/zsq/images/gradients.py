@@ -187,12 +187,20 @@ def similarity_matrix(first: Gradients, second: Gradients) -> Tensor:
     return total / len(first)
 
 
-def gradient_match(images: Gradients, neighbours: Gradients) -> Tensor:
+def gradient_match(images: Gradients, neighbours: Gradients, *, focus: float = 0.0) -> Tensor:
     """1 minus the mean similarity of images and their neighbours; both are directions. Scalar in [0, 2].
 
-    Source: SADAG (arXiv:2510.07018).
+    Args:
+        images, neighbours: directions of N images each.
+        focus: in the mean, an image weighs in proportion to (1 - similarity)^focus, which is a constant.
+
+    Source: SADAG (arXiv:2510.07018), where all weigh the same.
     """
-    return 1 - similarity(images, neighbours).mean()
+    alike = similarity(images, neighbours)
+    if focus == 0:
+        return 1 - alike.mean()
+    weights = (1 - alike.detach()).clamp(min=EPS) ** focus
+    return (weights / weights.mean() * (1 - alike)).mean()
 
 
 def diversity(images: Gradients, bank: Gradients | None, *, threshold: float) -> Tensor:

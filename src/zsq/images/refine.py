@@ -25,7 +25,7 @@ from zsq.images.prior import STANDARD, InputPrior
 from zsq.images.schedules import LOGS_A_BATCH, check_finite, generator_rates, latent_optimizer
 from zsq.images.settings import Refinement, Synthesis
 from zsq.images.synthesis_loss import SynthesisLoss, needs, synthesis_loss
-from zsq.images.synthesize import Batch
+from zsq.images.synthesize import Batch, is_complete, piece_of
 from zsq.images.variety import looks_of
 from zsq.images.views import Shifts, draw_shifts, swing
 from zsq.kernels import computing_in
@@ -49,6 +49,7 @@ def refine(
     finished: Finished,
     log: Log,
     prior: InputPrior | None = None,
+    keep_sources: bool = False,
 ) -> Tensor:
     """Refine batch after batch; each sees the gradients of the images finished before it.
 
@@ -65,6 +66,8 @@ def refine(
             added.
         log: called as log(batch name, step, values) a few times a batch.
         prior: as synthesis had it.
+        keep_sources: keep latents and generators in `finished` too, for another refinement; a finished batch
+            without them is made again.
 
     Returns:
         (num_images, C, H, W), normalised, float32, on the CPU.
@@ -84,7 +87,7 @@ def refine(
     for index, batch in enumerate(batches):
         name = refined_name(index)
         piece = finished.get(name)
-        if piece is None:
+        if piece is None or not is_complete(piece, keep_sources):
             made, rng = batch(), rng_for(seed, "refinement", index)
             expected = prior or STANDARD
             objective = synthesis_loss(
@@ -108,7 +111,7 @@ def refine(
                 log=lambda step, values, name=name: log(name, step, values),  # type: ignore[misc]
                 where=f"batch {index + 1}",
             )
-            piece = finished[name] = {"images": result.cpu(), **_named(found)}
+            piece = finished[name] = piece_of(result, keep_source=keep_sources) | _named(found)
         images.append(piece["images"])
         bank = _remembered(bank, _gradients(piece, device), settings.bank_size)
     return torch.cat(images)
@@ -126,7 +129,7 @@ def refine_batch(
     log: Callable[[int, dict[str, float]], None],
     num_swinging: int = 0,
     where: str = "",
-) -> tuple[Tensor, Gradients]:
+) -> tuple[Batch, Gradients]:
     """Train a copy of a batch's latents and generator further.
 
     Loss, each part with its weight: that of synthesis on the images, see `Refinement.swing`, in which images
@@ -148,7 +151,7 @@ def refine_batch(
         where: how to call the batch in an error.
 
     Returns:
-        images (N, C, H, W) of the latents and the generator after the last step, and their directions.
+        the batch after the last step, and the directions of its images.
 
     Raises:
         JobError: the optimisation diverged.
@@ -208,7 +211,7 @@ def refine_batch(
         if start is not None:
             offsets = find_neighbours(latents.detach(), directions_at, detached(own), settings, start)
         if offsets is not None:
-            match = gradient_match(own, directions_at(latents + offsets))
+            match = gradient_match(own, directions_at(latents + offsets), focus=settings.match_focus)
             parts["match"] = settings.match_weight, match
         if settings.diversity_weight > 0:
             spread = diversity(own, bank, threshold=settings.diversity_threshold)
@@ -261,7 +264,10 @@ def refine_batch(
         images = images_at(latents)
         found = directions(probe(images, None))
     check_finite(images, "refinement", advice)
-    return images.contiguous(), found
+    made = Batch(
+        images.contiguous(), latents.detach(), generator.requires_grad_(False), batch.labels, batch.second
+    )
+    return made, found
 
 
 def refined_name(index: int) -> str:

@@ -115,6 +115,8 @@ class Refinement:
         swing: whether strided convolutions read shifted inputs in the loss of synthesis, as in synthesis.
             Published: no, and the teacher's pass is shared with the gradient match.
         match_weight: factor of the gradient match between images and their neighbours.
+        match_focus: images whose neighbours are less like them weigh more in it, see `gradient_match`.
+            Published: 0, all weigh the same.
         diversity_weight: factor of the largest similarity of each image's gradient to that of another image.
         diversity_threshold: similarities up to it cost nothing.
         radius: Euclidean distance of the neighbour in the space of latents; 0 leaves the gradient match out.
@@ -126,6 +128,8 @@ class Refinement:
         gradients: of which weights the gradients are: those of the last layer (nearly free), of the last
             unit, or of every unit (cosines are averaged).
         bank_size: gradients of finished images that are remembered for the diversity, the latest ones.
+        rounds: into how many parts the steps of a batch are divided. Before each of them a student is learned
+            on the images as they are by then; learning rates, decays and the bank start anew. Published: 1.
     """
 
     warmup_steps: int = 4000
@@ -142,6 +146,7 @@ class Refinement:
     bn_relative: bool = field(default=False, metadata={"described": "unless default"})
     swing: bool = field(default=False, metadata={"described": "unless default"})
     match_weight: float = 1.0
+    match_focus: float = field(default=0.0, metadata={"described": "unless default"})
     diversity_weight: float = 1.0
     diversity_threshold: float = 0.0
     radius: float = 1.0
@@ -149,11 +154,17 @@ class Refinement:
     neighbour_steps: int = 1
     gradients: Scope = "last_layer"
     bank_size: int = 1024
+    rounds: int = field(default=1, metadata={"described": "unless default"})
 
     def __post_init__(self) -> None:
-        counts = ("warmup_steps", "steps", "generator_decay_interval", "neighbour_steps")
+        counts = ("warmup_steps", "steps", "generator_decay_interval", "neighbour_steps", "rounds")
         at_least(1, "refinement", self, counts)
-        weights = ("bn_weight", "match_weight", "diversity_weight", "radius", "bank_size")
+        if self.rounds > self.steps:
+            raise UsageError(
+                f"refinement.rounds is {self.rounds} and refinement.steps {self.steps}. Expected no more "
+                "rounds than steps, which they share."
+            )
+        weights = ("bn_weight", "match_weight", "match_focus", "diversity_weight", "radius", "bank_size")
         at_least(0, "refinement", self, weights)
         plateau_factor("refinement", self.plateau_factor)
         one_of("refinement.neighbour", self.neighbour, ("searched", "carried", "published"))
