@@ -209,6 +209,11 @@ def test_pixels_start_from_the_prior_and_take_the_learning_rate(residual: fx.Gra
     start = one(lr=0.0)
     torch.testing.assert_close(start.mean((0, 2, 3)), torch.tensor(prior.mean), atol=0.03, rtol=0)
     torch.testing.assert_close(start.std((0, 2, 3)), torch.tensor(prior.std), atol=0.03, rtol=0)
+    smooth = one(lr=0.0, start="natural")
+    torch.testing.assert_close(smooth.mean((0, 2, 3)), torch.tensor(prior.mean), atol=0.2, rtol=0)
+    torch.testing.assert_close(smooth.std((0, 2, 3)), torch.tensor(prior.std), atol=0, rtol=0.15)
+    steps = [(x[..., 1:] - x[..., :-1]).square().mean() for x in (start, smooth)]
+    assert steps[1] < 0.5 * steps[0]
     moved = (one() - start) / torch.tensor(prior.std).view(-1, 1, 1)
     assert float(moved.abs().median()) == pytest.approx(0.25, rel=1e-2)  # Adam's first step, in deviations
 
@@ -243,6 +248,7 @@ def test_errors(residual: fx.GraphModule) -> None:
         ({"steps": 0}, "synthesis.steps is 0"),
         ({"plateau_factor": 1.0}, "synthesis.plateau_factor"),
         ({"precision": "int8"}, "float32 or bfloat16"),
+        ({"start": "pink"}, "white or natural"),
         ({"centres": Centres()}, "synthesis.classes=on"),
         ({"image_weight": float("nan")}, "synthesis.image_weight"),
     ):

@@ -9,8 +9,10 @@ from torch import Tensor
 from zsq.images.pixel_settings import Centres
 from zsq.images.texture import (
     FALL,
+    SHARED,
     VECTORS,
     natural_energies,
+    natural_noise,
     texture_distance,
     texture_energies,
     texture_gains,
@@ -61,6 +63,30 @@ def test_distance_of_the_form_itself_contrast_and_noise() -> None:
     by_hand = math.log(4) / 2  # two energies, one four times the other, against equal ones
     two = torch.tensor([[4.0, 1.0]])
     assert float(texture_distance(two, torch.ones(2))) == pytest.approx(by_hand**2)
+
+
+@pytest.mark.parametrize("size", [(16, 12), (1, 1), (5, 40)])
+def test_natural_noise(size: tuple[int, int]) -> None:
+    """Of deviation 1, and of the textures that photographs have but for its borders, which wrap."""
+    noise = natural_noise((400, 2, *size), torch.Generator().manual_seed(0))
+    assert noise.shape == (400, 2, *size) and noise.dtype == torch.float32
+    assert float(noise.square().mean()) == pytest.approx(1.0, rel=0.15)
+    if min(size) > 1:
+        gains = texture_gains(*size)
+        natural = natural_energies(*size, gains)
+        white = torch.randn(noise.shape, generator=torch.Generator().manual_seed(0))
+        own, other = (
+            float(texture_distance(texture_energies(x, gains).mean(0, keepdim=True), natural))
+            for x in (noise, white)
+        )
+        assert own < 0.1 * other
+
+
+@pytest.mark.parametrize("channels, together", [(1, 1.0), (2, 0.0), (3, SHARED), (4, 0.0)])
+def test_colours_of_natural_noise_go_together(channels: int, together: float) -> None:
+    noise = natural_noise((2000, channels, 8, 6), torch.Generator().manual_seed(0))
+    found = torch.corrcoef(noise.transpose(0, 1).flatten(1).reshape(channels, -1)).reshape(channels, channels)
+    torch.testing.assert_close(found, torch.full_like(found, together).fill_diagonal_(1), atol=0.05, rtol=0)
 
 
 def test_an_image_can_be_moved_there() -> None:

@@ -257,9 +257,11 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
         assert isinstance(scaled.synthesis, PixelSynthesis)
         assert scaled.synthesis.steps == min(synthesis_steps, recipe.synthesis.steps)
         assert scaled.synthesis.cosine is not None and scaled.synthesis.lr <= recipe.synthesis.lr
+        assert scaled.synthesis.start == ("natural" if recipe.synthesis.cosine is None else "white")
         guides = scaled.synthesis.classes, recipe.synthesis.classes
         weights = [guide.weight for guide in guides if guide is not None]
-        assert weights == ([min(weights[1], PIXEL_CLASS_WEIGHT), weights[1]] if weights else [])
+        highest = math.inf if recipe.synthesis.bn is None else PIXEL_CLASS_WEIGHT
+        assert weights == ([min(weights[1], highest), weights[1]] if weights else [])
         assert large.synthesis.num_images == COUNTS[budget, True][0]
         if recipe.synthesis.centres is not None:  # of 1000 classes they would take most of the time
             assert scaled.synthesis.centres.classes is None

@@ -112,6 +112,7 @@ class PixelSynthesis:
         num_images: how many.
         batch_size: images that are optimised together.
         steps: optimizer steps a batch.
+        start: "white" noise (published), or noise with the power spectrum of photographs ("natural").
         lr: Adam, pixels, in deviations of the expected images.
         momentum, square_decay: Adam's decay rates of the gradient and of its square.
         plateau_factor: factor of `lr` when the loss has not fallen for `plateau_patience` steps.
@@ -148,6 +149,7 @@ class PixelSynthesis:
     norm_weight: float = field(default=0.0, metadata={"described": "unless default"})
     momentum: float = field(default=0.9, metadata={"described": "unless default"})
     square_decay: float = field(default=0.999, metadata={"described": "unless default"})
+    start: Literal["white", "natural"] = field(default="white", metadata={"described": "unless default"})
     cosine: Cosine | None = None
     valid_pixels: bool = field(default=False, metadata={"described": "unless default"})
     bn: StatisticsMatch | None = field(default_factory=StatisticsMatch)
@@ -172,6 +174,7 @@ class PixelSynthesis:
         )
         plateau_factor("synthesis", self.plateau_factor)
         one_of("synthesis.precision", self.precision, ("float32", "bfloat16"))
+        one_of("synthesis.start", self.start, ("white", "natural"))
         for name in ("momentum", "square_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"synthesis.{name} is {getattr(self, name)}. Expected 0 or more, below 1.")

@@ -22,6 +22,7 @@ from zsq.images.prior import STANDARD, InputPrior, PixelLimits
 from zsq.images.schedules import LOGS_A_BATCH, Annealing, Plateau, check_finite
 from zsq.images.statistics import pooled_statistics
 from zsq.images.synthesize import Finished, Log, batch_names, batch_sizes, log_batch, room_advice
+from zsq.images.texture import natural_noise
 from zsq.out_of_memory import no_room
 from zsq.rng import rng_for
 
@@ -218,8 +219,8 @@ def optimise_pixels(
     """
     device, prior = device_of(teacher), prior or STANDARD
     shape = (num_images, *input_size)
-    pixels = torch.randn(shape, generator=rng).to(device).contiguous(memory_format=torch.channels_last)
-    pixels.requires_grad_()
+    start = torch.randn(shape, generator=rng) if settings.start == "white" else natural_noise(shape, rng)
+    pixels = start.to(device).contiguous(memory_format=torch.channels_last).requires_grad_()
     schedule = _schedule(settings, device)
     optimizer = torch.optim.Adam(
         [{"params": [pixels], "lr": schedule.lr}],

@@ -15,6 +15,8 @@ SMALLEST_ENERGY = 1e-12
 # CIFAR-10 the `texture_distance` to energies for it is 0.38, of noise 1.6; for 2, as in the literature on
 # larger scales, 1.0 and 0.5.
 FALL = 3.0
+# How far two colours of photographs correlate: by 0.90, 0.79 and 0.91 in 1000 training images of CIFAR-10.
+SHARED = 0.9
 
 
 def texture_gains(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
@@ -69,6 +71,23 @@ def natural_energies(height: int, width: int, gains: Tensor) -> Tensor:
     squared[0, 0] = 1.0  # not counted
     energies: Tensor = torch.einsum("vu,tvu->t", squared ** (-FALL / 2), gains)
     return energies
+
+
+def natural_noise(shape: tuple[int, int, int, int], rng: torch.Generator) -> Tensor:
+    """Gaussian noise (N, C, H, W) of mean 0 and deviation 1 with the power spectrum of photographs.
+
+    Its power is frequency to the power of -FALL down to one period over the longer side, and the same below.
+    Three channels are taken for colours, which go together (SHARED); others know nothing of one another.
+    """
+    count, channels, height, width = shape
+    squared = torch.fft.fftfreq(height)[:, None].square() + torch.fft.fftfreq(width).square()
+    amplitude = squared.clamp(min=max(height, width) ** -2) ** (-FALL / 4)
+    white = torch.randn(shape, generator=rng)
+    if channels == 3:
+        shared = torch.randn((count, 1, height, width), generator=rng)
+        white = SHARED**0.5 * shared + (1 - SHARED) ** 0.5 * white
+    noise: Tensor = torch.fft.ifft2(torch.fft.fft2(white) * amplitude).real
+    return noise.div_(amplitude.square().mean().sqrt())
 
 
 def texture_distance(energies: Tensor, wanted: Tensor) -> Tensor:
