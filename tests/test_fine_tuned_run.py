@@ -67,7 +67,7 @@ def test_the_folder_gives_the_same_logits(model: Teacher, tmp_path: Path) -> Non
 def test_killed_and_continued_the_same_bits(model: Teacher, tmp_path: Path) -> None:
     """At a rate that is too large at first: epochs that are undone are, again."""
     undisturbed: list[Progress] = []
-    overrides = {**TINY, "synthesis.centres": "none", "fine_tuning.lr": 3e-3, "fine_tuning.clip": "none"}
+    overrides = {**TINY, "synthesis.centres": "none", "fine_tuning.lr": 3e-2, "fine_tuning.clip": "none"}
     run = tiny(model, out=tmp_path / "whole", progress=undisturbed.append, overrides=overrides)
     steps = [event.done for event in undisturbed if event.stage == "fine-tune"]
     assert run.record["results"]["fine_tuning"]["lr_factor"] < 1 and len(steps) > 6
