@@ -257,7 +257,10 @@ def test_budgets(recipe: Recipe, budget: str) -> None:
         assert isinstance(scaled.synthesis, PixelSynthesis)
         assert scaled.synthesis.steps == min(synthesis_steps, recipe.synthesis.steps)
         assert scaled.synthesis.cosine is not None and scaled.synthesis.lr <= recipe.synthesis.lr
-        assert scaled.synthesis.start == ("natural" if recipe.synthesis.cosine is None else "white")
+        if recipe.synthesis.cosine is None:
+            assert scaled.synthesis.start == "natural" and scaled.synthesis.valid_pixels
+        else:
+            assert scaled.synthesis.start == "white"
         guides = scaled.synthesis.classes, recipe.synthesis.classes
         weights = [guide.weight for guide in guides if guide is not None]
         highest = math.inf if recipe.synthesis.bn is None else PIXEL_CLASS_WEIGHT

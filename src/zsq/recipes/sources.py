@@ -12,8 +12,8 @@ Common to all pixels, and other than in the published codes:
 * Normalised images start with the mean and deviation that `images/prior.py` expects, as for `genie`.
 * Crops have real-valued boxes (the codes' have whole pixels).
 * Budgets with fewer steps have a rate of 0.1 on a cosine, a class loss of weight 0.1 at most, a start from
-  noise with the spectrum of photographs (`PixelSynthesis.start`), and for large inputs no more centres than
-  images, see `zsq.budget.with_budget`.
+  noise with the spectrum of photographs (`PixelSynthesis.start`), pixels between black and white, and for
+  large inputs no more centres than images, see `zsq.budget.with_budget`.
 """
 
 from dataclasses import replace
