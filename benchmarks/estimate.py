@@ -29,9 +29,10 @@ from zsq.bench_plan import Plan, plan_network
 from zsq.estimate import CHUNK, LEAST, Fit, Predictors, feature, predictors, spread
 from zsq.evaluate import accuracy, agreement, unit_signal_to_noise
 from zsq.images.pixel_settings import MadeInBatches
-from zsq.pipeline import captured, quantize, synthesize_images
+from zsq.pipeline import quantize, synthesize_images
 from zsq.recipe import Recipe
 from zsq.recipe_images import Batches
+from zsq.stages import captured
 from zsq.student_images import attached
 
 NETWORKS = Path(__file__).with_name("w8a8.toml")

@@ -24,8 +24,8 @@ from zsq.data import load_images
 from zsq.errors import UsageError
 from zsq.given_images import with_given_images
 from zsq.images.prior import input_prior
-from zsq.pipeline import captured
 from zsq.rng import rng_for
+from zsq.stages import captured
 from zsq.student_images import attached, check_shaping, kept_images
 
 METHODS = ("energy", "bn_sensitivity", "patch_entropy", "gradient_cover", "random")

@@ -32,10 +32,11 @@ from zsq.graph.blocks import split
 from zsq.images.settings import Synthesis
 from zsq.images.synthesize import synthesize
 from zsq.models import Teacher
-from zsq.pipeline import captured, compose_recipe
+from zsq.pipeline import compose_recipe
 from zsq.quant.attach import attach
 from zsq.recover.reconstruct import reconstruct
 from zsq.rng import rng_for
+from zsq.stages import captured
 
 STEPS, UNIT_STEPS, BATCH = 4, 20, 64
 STAGES = ("synthesis", "reconstruction")

@@ -25,9 +25,10 @@ from zsq.images.settings import Synthesis
 from zsq.images.synthesize import synthesize_batch
 from zsq.kernels import reproducible
 from zsq.models import Teacher, load_model
-from zsq.pipeline import captured, compose_recipe, quantize
+from zsq.pipeline import compose_recipe, quantize
 from zsq.recover.reconstruct import reconstruct
 from zsq.rng import rng_for
+from zsq.stages import captured
 from zsq.student_images import attached
 
 RECORDED, PLAIN = 3, sys.maxsize  # steps before one is recorded

@@ -48,7 +48,7 @@ from zsq.images.prior import pixel_limits
 from zsq.images.settings import Synthesis
 from zsq.images.synthesize import synthesize
 from zsq.models import Teacher
-from zsq.pipeline import captured
+from zsq.stages import captured
 
 Row = dict[str, Any]
 # A program: number of steps -> images, and the processor time at the end of every step.

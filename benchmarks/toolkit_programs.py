@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from zsq.graph.capture import weight_node
 from zsq.models import Teacher
-from zsq.pipeline import captured
 from zsq.quant.scheme import parse_bits, place
+from zsq.stages import captured
 
 PACKAGE = "model_compression_toolkit"
 MISSING = """\

@@ -19,11 +19,12 @@ from zsq.images.settings import Synthesis
 from zsq.images.synthesize import batch_sizes, synthesize
 from zsq.kernels import reproducible
 from zsq.models import load_model
-from zsq.pipeline import captured, compose_recipe
+from zsq.pipeline import compose_recipe
 from zsq.quant.attach import attach
 from zsq.recipe import Recipe, Reconstruction
 from zsq.recover.reconstruct import reconstruct
 from zsq.rng import rng_for
+from zsq.stages import captured
 
 SIDES = ("published", "zsq")
 Precision = Literal["float32", "bfloat16"]

@@ -105,6 +105,7 @@ ALLOWED: dict[str, set[str]] = {
 TOP = {
     "",
     "pipeline",
+    "stages",
     "diagnostics",
     "forecast",
     *BENCH,

@@ -17,10 +17,10 @@ from zsq.graph.capture import moved
 from zsq.images.settings import Scope
 from zsq.kernels import reproducible
 from zsq.models import Teacher
-from zsq.pipeline import captured
 from zsq.recipe import Equalization, Recipe
 from zsq.run import Run
 from zsq.sharpness import Alignment, Sharpness, gradient_alignment, sharpness
+from zsq.stages import captured
 from zsq.without_images import rewritten
 
 

@@ -17,10 +17,11 @@ from zsq.images.settings import Filter, Synthesis
 from zsq.images.synthesize import batch_sizes
 from zsq.memory import estimate, read_bytes
 from zsq.models import Teacher, load_model
-from zsq.pipeline import captured, compose_recipe, quantize
+from zsq.pipeline import compose_recipe, quantize
 from zsq.progress import Progress
 from zsq.recipe import GaussianNoise, GivenImages, Recipe
 from zsq.recover.unit_tensors import CHUNK
+from zsq.stages import captured
 
 TRIAL_STEPS = 4  # of each stage; the first one is not timed, as it is slower
 TRIAL_IMAGES = 128  # that units are learned on, where the recipe's images are not made in batches

@@ -1,74 +1,33 @@
-"""From a teacher to a low-bit student: the stages, top to bottom."""
+"""The calls: a recipe with its settings, a low-bit student of a model, the images of a recipe alone."""
 
-import logging
 import shutil
 import tempfile
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from zsq.account import Account
 from zsq.budget import with_budget
-from zsq.class_images import check_generator
 from zsq.distributed import ALONE, Group
 from zsq.errors import UsageError
-from zsq.estimate import FIT, estimated_drop, predictors
-from zsq.evaluate import agreement, unit_signal_to_noise
-from zsq.findings import image_findings, network_findings, student_findings, undone
 from zsq.given_images import with_given_images
-from zsq.graph.blocks import Unit, split
-from zsq.graph.capture import capture, moved
-from zsq.images.class_losses import number_of_classes
-from zsq.images.forward import observe
-from zsq.images.generator_settings import GeneratorSynthesis
-from zsq.images.pixel_settings import MadeInBatches, needs_statistics
-from zsq.images.prior import input_prior
-from zsq.images.prompts import TextToImage
-from zsq.images.settings import Synthesis
-from zsq.images.text_to_image import check_pipeline
-from zsq.inspection import codes_of, inspect
 from zsq.kernels import reproducible
-from zsq.memory import cache_bytes, read_bytes
+from zsq.memory import read_bytes
 from zsq.models import Teacher, load_model
-from zsq.pictures import mode_of
-from zsq.progress import Callback, silent, unit_log
-from zsq.quant.engine_biases import round_biases
+from zsq.progress import Callback, silent
 from zsq.quant.scheme import parse_bits
-from zsq.recipe import GaussianNoise, GivenImages, Recipe, StatisticalRanges, with_overrides
-from zsq.recipe_images import (
-    Batches,
-    ImageSet,
-    check_made,
-    made_names,
-    make_holdout,
-    make_images,
-    shape_images,
-)
+from zsq.recipe import GivenImages, Recipe, with_overrides
+from zsq.recipe_images import Batches, ImageSet, check_made, made_names, make_images, shape_images
 from zsq.recipes import get_recipe
-from zsq.recover.mean_shift import correct_means
-from zsq.recover.reconstruct import reconstruct, unit_name
-from zsq.recover.storage import MEMORY, Storage
 from zsq.resume import finished_run, identity_of, open_state
-from zsq.run import (
-    FORMAT,
-    RECORD,
-    STATE,
-    Run,
-    State,
-    write_images,
-)
-from zsq.student import stored_bytes
-from zsq.student_fine_tuning import check_losses, fine_tuned
-from zsq.student_images import attached, check_shaping, refines
-from zsq.text_images import class_names, plan_identity, prompts_of
-from zsq.without_images import check_statistics
-
-logger = logging.getLogger(__name__)
+from zsq.run import FORMAT, RECORD, STATE, Run, write_images
+from zsq.stages import captured, check_graph, identity_of_prompts, run_stages
+from zsq.student_images import attached, refines
 
 
 def compose_recipe(
@@ -184,9 +143,9 @@ def quantize(
     account = Account(progress, group)
     with account.timed("capture"):
         graph = captured(teacher, target)
-        _check_graph(graph, settings, teacher)
+        check_graph(graph, settings, teacher)
     identity = identity_of("quantize", teacher, settings, images, seed, target, labels=image_labels)
-    identity |= _plan_identity(graph, teacher, settings, seed)
+    identity |= identity_of_prompts(graph, teacher, settings, seed)
     folder = Path(out) if out is not None else None
     finished = finished_run(folder, identity, force=force, command=command) if group.size == 1 else None
     if finished is not None:
@@ -199,7 +158,7 @@ def quantize(
         pieces = ChainMap(state, made or {})
         scratch = folder / STATE if folder is not None and folder.is_dir() else Path(tempfile.gettempdir())
         given = None if images is None else ImageSet(images, image_labels)
-        run = _run_stages(teacher, graph, settings, given, seed, target, pieces, account, bound, scratch)
+        run = run_stages(teacher, graph, settings, given, seed, target, pieces, account, bound, scratch)
         run.record = {
             "format": FORMAT,
             "status": "done",
@@ -256,10 +215,10 @@ def synthesize_images(
         raise UsageError(f"The recipe {settings.name!r} makes no images.")
     target = _device(device)
     graph = captured(teacher, target)
-    _check_graph(graph, settings, teacher)
+    check_graph(graph, settings, teacher)
     folder = Path(out) if out is not None else None
     identity = identity_of("synthesize", teacher, settings, None, seed, target)
-    identity |= _plan_identity(graph, teacher, settings, seed)
+    identity |= identity_of_prompts(graph, teacher, settings, seed)
     with reproducible(target), open_state(folder, identity, force=force, command=None, group=group) as state:
         account, keep = Account(progress, group), made is not None
         found = make_images(graph, teacher, settings, None, seed, target, state, account, keep_sources=keep)
@@ -287,170 +246,3 @@ def _device(device: torch.device | str) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("The device cuda was asked for, but PyTorch finds no CUDA device. Use --device cpu.")
     return found
-
-
-def captured(teacher: Teacher, device: torch.device) -> fx.GraphModule:
-    """The teacher's graph on a device."""
-    return moved(capture(teacher.module, teacher.spec.input_size), device)
-
-
-def _check_graph(graph: fx.GraphModule, settings: Recipe, teacher: Teacher) -> None:
-    """Refuse a model that the recipe cannot work on, before anything is written."""
-    try:
-        split(graph.graph)
-    except ValueError as error:
-        raise UsageError(f"There is nothing to quantize in this model: {error}.") from error
-    check_shaping(graph, settings)
-    check_losses(graph, settings)
-    if needs_statistics(settings.synthesis):
-        observe(graph)
-    if isinstance(settings.synthesis, GeneratorSynthesis):
-        check_generator(graph)
-    if isinstance(settings.synthesis, MadeInBatches) and settings.synthesis.classes is not None:
-        number_of_classes(graph)
-    if isinstance(settings.synthesis, TextToImage):
-        mode_of(teacher.spec)
-        class_names(teacher, settings.synthesis)
-        check_pipeline(settings.synthesis)
-    check_statistics(graph, settings, input_prior(teacher.spec))
-
-
-def _plan_identity(graph: fx.GraphModule, teacher: Teacher, settings: Recipe, seed: int) -> dict[str, str]:
-    """What the images depend on besides the settings: the prompts, which hold the content of a file."""
-    source = settings.synthesis
-    if not isinstance(source, TextToImage):
-        return {}
-    return {"prompts_sha256": plan_identity(prompts_of(graph, teacher, source, seed))}
-
-
-def _run_stages(
-    teacher: Teacher,
-    graph: fx.GraphModule,
-    settings: Recipe,
-    given: ImageSet | None,
-    seed: int,
-    device: torch.device,
-    state: State,
-    account: Account,
-    bound: int | None,
-    scratch: Path,
-) -> Run:
-    account.add(network_findings(graph))
-    with account.timed("synthesize"):
-        made = make_images(graph, teacher, settings, given, seed, device, state, account)
-    with account.timed("quantize"):
-        networks = attached(graph, settings, teacher.spec, made.images)
-        original, student, units = networks.original, networks.student, networks.units
-        quantizers = networks.quantizers
-        nearest = codes_of(student, quantizers)
-    made = shape_images(networks, made, settings, teacher.spec, seed, state, account)
-    images = made.images
-    with account.timed("reconstruct"):
-        noise = isinstance(settings.synthesis, GaussianNoise)
-        own = given is not None and given.labels is not None
-        # Of images from latents a class is one aim of several; unless a loss takes it, nothing hangs on it.
-        aim = isinstance(settings.synthesis, Synthesis) and settings.fine_tuning is None
-        asked = None if aim else made.labels
-        account.add(image_findings(graph, images, asked, noise=noise, labelled=own))
-        learning = None if settings.scheme.is_eight_bit else settings.reconstruction
-        storage = _storage(original, units, len(images), bound, scratch)
-        names = [unit.name for unit in units]
-        resumed = {name for index, name in enumerate(names) if unit_name(index) in state}
-        results = reconstruct(
-            original,
-            student,
-            quantizers,
-            units,
-            images,
-            settings=learning,
-            calibration=settings.calibration,
-            seed=seed,
-            finished=state,
-            log=unit_log(account, "reconstruct", names, learning.steps if learning else 1, resumed),
-            group=account.group,
-            storage=storage,
-        )
-        instead = settings.reconstruction if learning is None else None
-        if instead is not None and instead.at_8_bits == "correct_biases":
-            correct_means(original, student, units, images, finished=state, storage=storage)
-    tuned, images, labels = fine_tuned(
-        networks, images, made.labels, settings, teacher.spec, seed, state, account
-    )
-    if tuned is not None and tuned.lr_factor < 1:
-        account.add([undone(tuned.lr_factor)])
-    if settings.scheme.placement == "engine":
-        round_biases(student)
-    with account.timed("holdout"):
-        unseen = isinstance(settings.calibration, StatisticalRanges) and learning is None
-        holdout = images if unseen else make_holdout(graph, teacher, settings, seed, state, account)
-        if holdout is not None:
-            holdout = holdout.to(device)
-        source = settings.synthesis
-        alike = isinstance(source, Synthesis) and source.classes is None and source.variety is None
-        estimates = _estimates(original, student, units, None if unseen else images, holdout, alike)
-    with account.timed("inspect"):
-        inspection = inspect(graph, original, student, quantizers, nearest, images)
-        account.add(student_findings(original, student, quantizers, inspection["activations"]))
-    student = moved(student, "cpu")
-    sizes = stored_bytes(student)
-    record = {
-        "measured": {},
-        "estimated_without_data": estimates,
-        "findings": [asdict(finding) for finding in account.findings],
-        "units": [asdict(result) for result in results],
-        **({"fine_tuning": asdict(tuned)} if tuned is not None else {}),
-        "bits": {
-            "weights": {n: int(student.get_submodule(q).bits) for n, q in quantizers.weights.items()},  # type: ignore[arg-type]
-            "activations": {n: int(student.get_submodule(q).bits) for n, q in quantizers.activations.items()},  # type: ignore[arg-type]
-        },
-        "size": {
-            "teacher_bytes": sum(t.numel() * t.element_size() for t in teacher.module.state_dict().values()),
-            "student_bytes": sum(sizes.values()),
-            "student_parts": sizes,
-        },
-    }
-    return Run(
-        student,
-        record,
-        images.cpu(),
-        teacher.spec,
-        labels=labels,
-        prompts=list(made.prompts),
-        inspection=inspection,
-    )
-
-
-def _storage(
-    graph: fx.GraphModule, units: Sequence[Unit], num_images: int, bound: int | None, scratch: Path
-) -> Storage:
-    """Where tensors between units are kept: in files if they would take more than `bound` bytes."""
-    needed = cache_bytes(graph.graph, units, num_images)
-    if bound is None or needed <= bound:
-        return MEMORY
-    logger.info("%.1f GiB of tensors between units are kept in files in %s.", needed / 2**30, scratch)
-    return Storage(scratch)
-
-
-def _estimates(
-    teacher: fx.GraphModule,
-    student: fx.GraphModule,
-    units: Any,
-    images: Tensor | None,
-    holdout: Tensor | None,
-    alike: bool,
-) -> dict[str, Any]:
-    """What can be said without data: agreement on synthetic images. Never called accuracy.
-
-    `images` are those that the student was made with, None if it was made without any. `alike` says that the
-    held-out ones are made as those were from which `FIT` predicts the drop of top-1.
-    """
-    result: dict[str, Any] = {"note": "on synthetic images; this is agreement with the teacher, not accuracy"}
-    if holdout is not None:
-        result["holdout"] = agreement(student, teacher, holdout)
-        result["unit_snr"] = unit_signal_to_noise(teacher, student, units, holdout)
-        found = predictors(teacher, student, holdout, result["unit_snr"]) if alike else None
-        if found is not None:
-            result["drop"] = estimated_drop(found, FIT)
-    if images is not None:
-        result["calibration_images"] = agreement(student, teacher, images)
-    return result
