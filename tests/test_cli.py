@@ -386,7 +386,7 @@ def test_stopping_after_the_run_names_the_way_to_measure(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(jobs, "_measure", stop)
+    monkeypatch.setattr(jobs, "measure", stop)
     out, data = tmp_path / "run", folder / "labelled.npz"
     noise = ["--recipe", "noise-nearest", "--set", "synthesis.num_images=8"]
     code, _, err = call(capsys, "quantize", model, *INPUT, *noise, "--data", data, "--out", out)

@@ -223,7 +223,7 @@ def test_a_finished_command_is_not_done_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "_measure", stop)
+        patch.setattr(jobs, "measure", stop)
         assert run_command(command)[0] == 130
     before = snapshot(tmp_path / "new")
     (tmp_path / "new/state").mkdir()  # killed before it was removed

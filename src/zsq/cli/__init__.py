@@ -11,7 +11,7 @@ import typer
 
 from zsq._version import __version__
 from zsq.allocator import keep_freed_memory
-from zsq.cli import doctor, exports, jobs, lists, publishing, report
+from zsq.cli import doctor, exports, jobs, lists, measure, publishing, report
 from zsq.cli.arguments import DebugOption
 from zsq.cli.call import begin_call, guarded, refused
 
@@ -74,7 +74,7 @@ app.callback()(_options)
 for command in (
     jobs.quantize,
     jobs.synthesize,
-    jobs.evaluate,
+    measure.evaluate,
     exports.export,
     exports.bench_latency,
     report.report,
