@@ -68,30 +68,32 @@ ALLOWED: dict[str, set[str]] = {
     "budget": GROUND | SETTINGS,
     "progress": set(),
     "student": GROUND | {"graph", "quant"},
-    "run": GROUND | MODELS | {"images", "student", "run_record"},
+    "files": {"errors", "paths"},
+    "state": {"errors", "files"},
+    "run": GROUND | MODELS | {"images", "student", "run_record", "files"},
     "run_record": {"errors"},
     "without_images": GROUND | SETTINGS | {"graph", "quant", "images", "recover"},
     "student_images": GROUND
     | MODELS
     | SETTINGS
-    | {"graph", "quant", "images", "recover", "progress", "run", "without_images"},
+    | {"graph", "quant", "images", "recover", "progress", "state", "without_images"},
     "account": {"distributed", "progress", "health"},
     "student_fine_tuning": GROUND
     | SETTINGS
     | MODELS
-    | {"graph", "recover", "images", "account", "progress", "run", "student_images", "class_images"},
+    | {"graph", "recover", "images", "account", "progress", "state", "student_images", "class_images"},
     "recipe_images": GROUND
     | MODELS
     | SETTINGS
-    | {"graph", "images", "account", "progress", "run", "student_images", "text_images", "class_images"},
+    | {"graph", "images", "account", "progress", "state", "student_images", "text_images", "class_images"},
     "given_images": GROUND | MODELS | SETTINGS,
-    "class_images": GROUND | MODELS | SETTINGS | {"graph", "images", "account", "progress", "run"},
-    "text_images": GROUND | MODELS | SETTINGS | DATA | {"graph", "images", "account", "progress", "run"},
-    "publish": GROUND | MODELS | {"run", "export"},
-    "resume": GROUND | MODELS | SETTINGS | {"run"},
+    "class_images": GROUND | MODELS | SETTINGS | {"graph", "images", "account", "progress", "state"},
+    "text_images": GROUND | MODELS | SETTINGS | DATA | {"graph", "images", "account", "progress", "state"},
+    "publish": GROUND | MODELS | {"run", "files", "export"},
+    "resume": GROUND | MODELS | SETTINGS | {"run", "state"},
     "generalisation": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover"},
     "sharpness": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover"},
-    "export": GROUND | MODELS | SETTINGS | {"graph", "quant", "student", "run"},
+    "export": GROUND | MODELS | SETTINGS | {"graph", "quant", "student", "run", "files"},
     "distributed": {"errors"},
     "out_of_memory": {"errors"},
     "health": {"errors", "distributed"},

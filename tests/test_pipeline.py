@@ -14,6 +14,7 @@ from torch import nn
 
 import zsq
 import zsq.run as run_module
+import zsq.state as state_module
 from zsq.errors import JobError
 from zsq.models import Teacher
 from zsq.pipeline import quantize, synthesize_images
@@ -311,7 +312,8 @@ def test_killed_at_any_write(
         writes["left"] -= 1
         original(path, content)
 
-    monkeypatch.setattr(run_module, "write_atomic", write)
+    for module in (run_module, state_module):
+        monkeypatch.setattr(module, "write_atomic", write)
     # The record; eight pieces of state; then each of the six files that are left.
     for allowed in (0, 1, 2, 3, 2, 0, 1, 2, 3, 4, 5):
         writes["left"] = allowed

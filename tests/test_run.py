@@ -1,9 +1,8 @@
-"""The run folder: atomic writes, pieces of state, loading and claiming."""
+"""The run folder: saving, loading and claiming."""
 
 import errno
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from zsq.errors import JobError
 from zsq.models import ModelSpec
 from zsq.quant.calibrate import calibrate
 from zsq.recipe import Calibration
-from zsq.run import FORMAT, Run, StateFolder, claim_folder, is_run_folder, load_run, write_atomic
+from zsq.run import FORMAT, Run, claim_folder, is_run_folder, load_run
+from zsq.state import StateFolder
 
 FILES = {"run.json", "student.safetensors", "images.safetensors", "images.png", "metrics.jsonl"}
 
@@ -55,91 +55,6 @@ def finished_run() -> Run:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-# ---- atomic writes
-
-
-def test_write_atomic_replaces_and_makes_folders(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b" / "file"
-    write_atomic(path, b"old")
-    write_atomic(path, b"new")
-    assert path.read_bytes() == b"new" and [p.name for p in path.parent.iterdir()] == ["file"]
-    assert path.stat().st_mode & 0o777 == 0o644
-
-
-@pytest.mark.parametrize("function", ["replace", "fsync", "chmod"])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_a_write_that_fails_leaves_the_old_file(
-    function: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-
-    def fail(*args: Any) -> None:
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, function, fail)
-        if isinstance(error, OSError):
-            with pytest.raises(JobError, match=r"could not be written: No space left on device\.") as caught:
-                write_atomic(path, b"new")
-            assert str(path) in str(caught.value) and caught.value.exit_code == 1
-        else:
-            with pytest.raises(KeyboardInterrupt):
-                write_atomic(path, b"new")
-    assert contents(tmp_path) == {"file": b"old"}
-
-
-def test_a_folder_that_cannot_be_written_is_a_job_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(JobError, match="could not be written"):
-        write_atomic(tmp_path / "file" / "inside", b"new")
-
-
-# ---- state
-
-
-def test_state_keeps_every_bit(tmp_path: Path) -> None:
-    state = StateFolder(tmp_path / "state")
-    assert list(state) == [] and "batch-000" not in state
-    piece = {
-        "images": torch.tensor([0.0, -0.0, math.nan, math.inf]).view(2, 2).t(),
-        "codes": torch.arange(4, dtype=torch.uint8),
-        "snr": torch.tensor(1 / 3, dtype=torch.float64),
-    }
-    state["unit-001"], state["batch-000"] = piece, {"images": torch.ones(2)}
-    again = StateFolder(tmp_path / "state")
-    assert list(again) == ["batch-000", "unit-001"] and len(again) == 2
-    found = again["unit-001"]
-    assert found.keys() == piece.keys()
-    for name, value in piece.items():
-        assert found[name].dtype == value.dtype
-        assert found[name].numpy().tobytes() == value.contiguous().numpy().tobytes()
-    del again["batch-000"]
-    assert list(state) == ["unit-001"]
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "flip", "longer", "folder"])
-def test_a_damaged_piece_counts_as_not_finished(damage: str, tmp_path: Path) -> None:
-    state = StateFolder(tmp_path)
-    state["piece"] = {"images": torch.ones(100)}
-    (path,) = tmp_path.iterdir()
-    content = path.read_bytes()
-    if damage == "folder":
-        path.unlink()
-        path.mkdir()
-    else:
-        flipped = content[:300] + bytes([content[300] ^ 1]) + content[301:]
-        path.write_bytes(
-            {"cut": content[:-5], "empty": b"", "flip": flipped, "longer": content + b"x"}[damage]
-        )
-    with pytest.raises(JobError, match="piece.piece, which this run wrote, was removed or damaged"):
-        state["piece"]
-    later = StateFolder(tmp_path)
-    assert "piece" not in later
-    with pytest.raises(KeyError):
-        later["piece"]
 
 
 # ---- saving and loading

@@ -26,7 +26,7 @@ from zsq.recover.student_losses import adaptability_bounds, relative_agreement
 from zsq.recover.tuning_step import mixed
 from zsq.recover.turns import adaptability_loss
 from zsq.rng import rng_for
-from zsq.run import StateFolder
+from zsq.state import StateFolder
 
 TINY: dict[str, Any] = {
     "synthesis.num_images": 10,

@@ -13,9 +13,9 @@ from zsq.bench_plan import Job, Plan, plan_network
 from zsq.bench_row import IMAGES, WORK, Say, fill_row, is_complete, measure, work_folder
 from zsq.bench_table import MARK, NetworkResults, summarise, to_markdown
 from zsq.errors import JobError, UsageError, ZsqError
+from zsq.files import write_atomic
 from zsq.paths import check_output
 from zsq.resume import held
-from zsq.run import write_atomic
 from zsq.run_record import ACCURACY, NUMBER, TEXT, is_table_with, or_none, table_of
 
 ROWS, FLOAT, TABLE, RESULTS = "rows.jsonl", "float.json", "table.md", "results.json"

@@ -25,6 +25,7 @@ from zsq.data import load_labelled_images
 from zsq.diagnostics import diagnose
 from zsq.errors import UsageError
 from zsq.evaluate import CHUNK, accuracy
+from zsq.files import write_atomic
 from zsq.graph.capture import moved
 from zsq.images.pixel_settings import MadeInBatches
 from zsq.images.synthesize import batch_names, batch_sizes
@@ -32,7 +33,7 @@ from zsq.pipeline import quantize, synthesize_images
 from zsq.progress import Callback, Progress
 from zsq.recipe import GivenImages, Recipe, describe
 from zsq.recipe_images import Batches
-from zsq.run import load_run, read_record, write_atomic
+from zsq.run import load_run, read_record
 
 WORK, IMAGES = "work", "images"  # folders of a benchmark: unfinished pieces, and finished images
 SOURCES = ".sources"  # beside a file of images: latents and generators, where a recipe refines the images

@@ -17,7 +17,7 @@ from zsq.models import ModelSpec
 from zsq.out_of_memory import no_room
 from zsq.progress import Progress
 from zsq.rng import rng_for
-from zsq.run import State
+from zsq.state import State
 
 PIECE = "generator"  # under which the generator is kept once it is trained on the teacher alone
 

@@ -13,7 +13,8 @@ from typing import Any
 from zsq.architectures import error_summary
 from zsq.errors import JobError, UsageError, import_extra
 from zsq.export.account import VERIFIED, account_of
-from zsq.run import RECORD, Run, claim_folder, load_run, read_record, write_atomic
+from zsq.files import write_atomic
+from zsq.run import RECORD, Run, claim_folder, load_run, read_record
 
 EXTRA = "hf"
 CARD = "README.md"

@@ -23,7 +23,7 @@ from zsq.models import ModelSpec, Teacher
 from zsq.progress import Progress
 from zsq.recipe import GaussianNoise, GivenImages, Recipe
 from zsq.rng import derived_seed, rng_for
-from zsq.run import State
+from zsq.state import State
 from zsq.student_images import Networks, kept_images, refined_images, refines
 from zsq.text_images import prompt_records, prompts_of, text_images, text_names
 

@@ -26,8 +26,6 @@ from zsq.run import (
     FORMAT,
     STATE,
     Run,
-    State,
-    StateFolder,
     claim_folder,
     is_run_folder,
     load_run,
@@ -35,6 +33,7 @@ from zsq.run import (
     temporary_files,
     write_record,
 )
+from zsq.state import State, StateFolder
 
 try:
     import fcntl

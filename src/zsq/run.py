@@ -1,15 +1,11 @@
-"""The run folder: what a run leaves behind, atomic writes, and the state from which a killed run goes on."""
+"""The run folder: what a run leaves behind, written and read."""
 
-import contextlib
-import errno
-import hashlib
 import io
 import json
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, fx
 
 from zsq.errors import JobError, UsageError
+from zsq.files import write_atomic
 from zsq.images.contact_sheet import contact_sheet
 from zsq.models import ModelSpec
 from zsq.paths import check_output
@@ -42,125 +39,6 @@ RECORD, STUDENT, IMAGES, SHEET, PROMPTS, METRICS, INSPECTION, STATE = (
 REPORT, LATENCIES = "report.html", "latency.jsonl"  # what other commands add to a finished run
 # All files of a run. The record is last: a folder without it is no run, with it one that can be replaced.
 FILES = (STUDENT, IMAGES, SHEET, PROMPTS, METRICS, INSPECTION, REPORT, LATENCIES, RECORD)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that at any instant it is the old one or the new one (temporary file, fsync, rename).
-
-    Raises:
-        JobError: the disk is full or the folder cannot be written.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        if not isinstance(error, OSError):
-            raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise JobError(
-            f"{path} could not be written: {error.strerror or error}. What was finished before is kept; "
-            f"{'free some space' if full else 'make the folder writable'} or choose another --out, then give "
-            "the same command again."
-        ) from error
-
-
-def check_free(files: Sequence[Path], *, force: bool) -> None:
-    """Refuse to write where something is.
-
-    Raises:
-        UsageError: one of the files exists and `force` is False, or it is a folder.
-    """
-    for existing in files:
-        check_output(existing, "output")
-        if existing.is_dir() or (existing.exists() and not force):
-            raise UsageError(
-                f"{existing} exists already; nothing was changed. Choose another --out"
-                + ("." if existing.is_dir() else ", or give --force to replace it.")
-            )
-
-
-State = MutableMapping[str, dict[str, Tensor]]
-
-
-class Prefixed(MutableMapping[str, dict[str, Tensor]]):
-    """Those pieces of a state whose names begin with a prefix, by the rest of their names."""
-
-    def __init__(self, state: State, prefix: str) -> None:
-        self._state, self._prefix = state, prefix
-
-    def __getitem__(self, key: str) -> dict[str, Tensor]:
-        return self._state[self._prefix + key]
-
-    def __setitem__(self, key: str, tensors: dict[str, Tensor]) -> None:
-        self._state[self._prefix + key] = tensors
-
-    def __delitem__(self, key: str) -> None:
-        del self._state[self._prefix + key]
-
-    def __iter__(self) -> Iterator[str]:
-        return (k.removeprefix(self._prefix) for k in self._state if k.startswith(self._prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-class StateFolder(MutableMapping[str, dict[str, Tensor]]):
-    """Finished pieces of a run on disk, one file each; a damaged piece counts as not finished.
-
-    A file is a safetensors file followed by the SHA-256 of it (32 bytes).
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._written: set[str] = set()  # by this process, which counts on them
-
-    def __getitem__(self, key: str) -> dict[str, Tensor]:
-        try:
-            content = self._file(key).read_bytes()
-        except OSError:
-            content = b""
-        if hashlib.sha256(content[:-32]).digest() == content[-32:]:
-            return load_safetensors(content[:-32])
-        if key in self._written:
-            raise JobError(
-                f"{self._file(key)}, which this run wrote, was removed or damaged while it was at work. The "
-                "same command goes on from what is left."
-            )
-        raise KeyError(key)
-
-    def __setitem__(self, key: str, tensors: dict[str, Tensor]) -> None:
-        plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-        content = save_safetensors(plain)
-        write_atomic(self._file(key), content + hashlib.sha256(content).digest())
-        self._written.add(key)
-
-    def __delitem__(self, key: str) -> None:
-        self._file(key).unlink()
-        self._written.discard(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(p.stem for p in self.path.glob("*.piece") if not p.name.startswith(".")))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def _file(self, key: str) -> Path:
-        return self.path / f"{key}.piece"
 
 
 @dataclass

@@ -38,7 +38,8 @@ from zsq.recipe_images import ImageSet, make_holdout, make_images, shape_images
 from zsq.recover.mean_shift import correct_means
 from zsq.recover.reconstruct import UnitResult, reconstruct, unit_name
 from zsq.recover.storage import MEMORY, Storage
-from zsq.run import Run, State
+from zsq.run import Run
+from zsq.state import State
 from zsq.student import stored_bytes
 from zsq.student_fine_tuning import check_losses, fine_tuned
 from zsq.student_images import Networks, attached, check_shaping

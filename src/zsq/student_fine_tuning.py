@@ -14,7 +14,7 @@ from zsq.recover.feature_nodes import logits_node
 from zsq.recover.fine_tune import PIECE, FineTuningResult, fine_tune
 from zsq.recover.network_outputs import looked_at
 from zsq.recover.unit_maps import map_unit
-from zsq.run import State
+from zsq.state import State
 from zsq.student_images import Networks
 
 

@@ -35,7 +35,7 @@ from zsq.quant.image_range import set_image_ranges
 from zsq.recipe import Recipe, Reconstruction
 from zsq.recover.reconstruct import reconstruct, unit_name
 from zsq.rng import derived_seed, rng_for
-from zsq.run import Prefixed, State
+from zsq.state import Prefixed, State
 from zsq.without_images import rewritten, settle_by_statistics
 
 

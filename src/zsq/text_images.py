@@ -21,7 +21,7 @@ from zsq.images.text_to_image import estimate, imagenet_names, load_pipeline, pa
 from zsq.models import Teacher
 from zsq.pictures import mode_of, prepare
 from zsq.progress import Progress
-from zsq.run import State
+from zsq.state import State
 
 logger = logging.getLogger(__name__)
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

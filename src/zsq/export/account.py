@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from zsq.errors import JobError, UsageError
+from zsq.files import write_atomic
 from zsq.models import ModelSpec
-from zsq.run import spec_from_json, write_atomic
+from zsq.run import spec_from_json
 
 T = TypeVar("T")
 VERIFIED = "verified_on_own_images"  # how the file compared with the student, on images of the run

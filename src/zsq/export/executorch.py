@@ -21,10 +21,11 @@ from zsq.export.pt2 import (
     prepared_for_operators,
     with_operators,
 )
+from zsq.files import check_free
 from zsq.graph.capture import LAYERS, quiet
 from zsq.quant.engine_placement import FUSED
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
-from zsq.run import Run, check_free, load_run
+from zsq.run import Run, load_run
 
 EXTRA = "executorch"
 ACTIVATION_BITS = 8  # XNNPACK does not clip codes to fewer: at W4A4 the logits were 5 % off

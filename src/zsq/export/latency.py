@@ -18,8 +18,9 @@ from zsq.export.integer import Fused, fused_operators
 from zsq.export.onnx import checked, lower, require_packages, serialized
 from zsq.export.prepare import prepared
 from zsq.export.targets import container_widths, get_target
+from zsq.files import write_atomic
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
-from zsq.run import LATENCIES, Run, load_run, write_atomic
+from zsq.run import LATENCIES, Run, load_run
 
 WARM_UP = 3  # calls that are not counted
 

@@ -11,7 +11,8 @@ from zsq.export.engine import EngineFile, check_input
 from zsq.export.onnx import checked, metadata_of, require_packages
 from zsq.export.openvino import EXTRA, OpenVinoCheck, OpenVinoModel, check_in_openvino
 from zsq.export.targets import TARGETS, container_widths
-from zsq.run import Run, check_free, load_run, write_atomic
+from zsq.files import check_free, write_atomic
+from zsq.run import Run, load_run
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from zsq.export.onnx import metadata_of
 from zsq.export.prepare import prepared
 from zsq.export.targets import Target
 from zsq.export.verify import NUM_IMAGES, OutputDifference, Reference, differences, run_in_chunks
+from zsq.files import check_free
 from zsq.graph.capture import quiet
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
-from zsq.run import Run, check_free, load_run
+from zsq.run import Run, load_run
 
 # It registers quantized_decomposed, the operators that ExecuTorch and inductor know quantizers by.
 OPERATORS = "torch.ao.quantization.fx._decomposed"

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from zsq._version import __version__
 from zsq.errors import UsageError, import_extra
+from zsq.files import check_free, write_atomic
 from zsq.report import panels
 from zsq.report.charts import dot_rows
 from zsq.report.comparison import Difference, Summary, configuration_of, differences, run_labels
@@ -19,7 +20,7 @@ from zsq.report.panels import Panel
 from zsq.report.placement import Step, placement
 from zsq.report.sections import SECTIONS
 from zsq.report.settings import Setting, settings_of
-from zsq.run import Run, check_free, load_run, write_atomic
+from zsq.run import Run, load_run
 
 EXTRA = "report"
 DAMAGE = (
