@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from zsq.graph.blocks import Unit, extract
-from zsq.graph.capture import LAYERS, weight_node
+from zsq.graph.nodes import LAYERS, weight_node
 from zsq.graph.tensors import get_tensor
 from zsq.images.settings import Synthesis
 from zsq.images.sources import LatentGenerator

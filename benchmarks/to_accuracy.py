@@ -29,7 +29,7 @@ import zsq
 from zsq.allocator import keep_freed_memory
 from zsq.data import open_dataset
 from zsq.evaluate import accuracy
-from zsq.images.synthesize import batch_sizes
+from zsq.images.batches import batch_sizes
 from zsq.recipe_images import Batches
 
 SIDES = ("published", "zsq")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zsq.graph.capture import weight_node
+from zsq.graph.nodes import weight_node
 from zsq.models import Teacher
 from zsq.quant.scheme import parse_bits, place
 from zsq.stages import captured

@@ -14,9 +14,10 @@ from torch import Tensor, fx
 from work import Work, count_work, median, synchronise
 
 from zsq.graph.blocks import Unit, split
-from zsq.graph.capture import aten
+from zsq.graph.nodes import aten
+from zsq.images.batches import batch_sizes
 from zsq.images.settings import Synthesis
-from zsq.images.synthesize import batch_sizes, synthesize
+from zsq.images.synthesize import synthesize
 from zsq.kernels import reproducible
 from zsq.models import load_model
 from zsq.pipeline import compose_recipe

@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from zsq.graph.blocks import Unit, extract
-from zsq.graph.capture import capture, output_nodes
+from zsq.graph.capture import capture
+from zsq.graph.nodes import output_nodes
 
 SIZE = (3, 16, 16)
 

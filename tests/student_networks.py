@@ -5,8 +5,8 @@ from image_networks import SIZE, Residual, captured, photographs
 from torch import Tensor, fx, nn
 
 from zsq.graph.blocks import Unit, split
+from zsq.images.batches import Batch
 from zsq.images.sources import LatentGenerator
-from zsq.images.synthesize import Batch
 from zsq.quant.attach import attach
 from zsq.quant.scheme import parse_bits
 from zsq.recipe import Calibration

@@ -6,8 +6,9 @@ from graph_networks import NETWORKS, chained, graph_of, images, network, outputs
 from torch import fx
 
 from zsq.graph.blocks import split
-from zsq.graph.capture import capture, weight_node
+from zsq.graph.capture import capture
 from zsq.graph.fold import fold_batch_norms
+from zsq.graph.nodes import weight_node
 from zsq.graph.tensors import get_tensor
 from zsq.quant.attach import Quantizers, attach
 from zsq.quant.calibrate import calibrate

@@ -6,8 +6,9 @@ from graph_networks import NETWORKS, SIZE, Dense, chained, graph_of, images, out
 from torch import Tensor, fx, nn
 
 from zsq.graph.blocks import Unit, extract, last_readers, split
-from zsq.graph.capture import activations, aten, capture, layer_name, module_path, output_nodes, weight_node
+from zsq.graph.capture import capture
 from zsq.graph.fold import fold_batch_norms
+from zsq.graph.nodes import activations, aten, layer_name, module_path, output_nodes, weight_node
 
 # Name of every unit, and its layers without that name.
 EXPECTED: dict[str, list[tuple[str, list[str]]]] = {

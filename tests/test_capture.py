@@ -10,17 +10,9 @@ from graph_networks import NETWORKS, SIZE, conv, graph_of, images, network, outp
 from tiny_networks import message
 from torch import Tensor, nn
 
-from zsq.graph.capture import (
-    activations,
-    aten,
-    capture,
-    device_of,
-    get_tensor,
-    layer_name,
-    module_path,
-    output_nodes,
-    weight_node,
-)
+from zsq.graph.capture import capture
+from zsq.graph.nodes import activations, aten, layer_name, module_path, output_nodes, weight_node
+from zsq.graph.tensors import device_of, get_tensor
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -19,13 +19,15 @@ from rich.console import Console
 from rich.progress import Progress as Bars
 
 import zsq.cli
-from zsq.cli import jobs, terminal
+from zsq.amounts import bytes_text, seconds_text
+from zsq.cli import jobs, summaries, terminal
 from zsq.cli.arguments import default_out, read_numbers
 from zsq.cli.recipe_help import attribute_meanings, recipe_settings
 from zsq.errors import UsageError
 from zsq.models import load_model
 from zsq.progress import Progress
-from zsq.recipe import Reconstruction, with_overrides
+from zsq.recipe import Reconstruction
+from zsq.recipe_fields import with_overrides
 from zsq.recipes import RECIPES
 
 NETWORK = (
@@ -146,7 +148,7 @@ def test_quantize_json(folder: Path, model: str, capsys: Capture) -> None:
 
 def summary(capsys: Capture, record: dict[str, Any], out: Path, data: str | None) -> str:
     capsys.readouterr()
-    terminal.print_parts(*terminal.quantized_summary(record, out, data))
+    terminal.print_parts(*summaries.quantized_summary(record, out, data))
     return capsys.readouterr().out
 
 
@@ -503,13 +505,13 @@ def test_bars_need_a_terminal(capsys: Capture, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_texts() -> None:
-    assert [terminal.seconds_text(s) for s in (0.42, 42.3, 200, 7300)] == [
+    assert [seconds_text(s) for s in (0.42, 42.3, 200, 7300)] == [
         "0.4 s",
         "42 s",
         "3 min 20 s",
         "2 h 1 min",
     ]
-    assert [terminal.bytes_text(n) for n in (12, 1234, 56_789_000, 2e9)] == [
+    assert [bytes_text(n) for n in (12, 1234, 56_789_000, 2e9)] == [
         "12 B",
         "1.2 kB",
         "56.8 MB",

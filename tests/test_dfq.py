@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import zsq
 from zsq.errors import UsageError
 from zsq.models import Teacher
-from zsq.recipe import Recipe, describe, with_overrides
+from zsq.recipe import Recipe
+from zsq.recipe_fields import describe, with_overrides
 from zsq.recipes.dfq import DFQ
 from zsq.run import Run, load_run
 from zsq.student import student_to_bytes

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import zsq
 from zsq.bench_file import read_bench
 from zsq.cli import app
-from zsq.recipe import flat
+from zsq.recipe_fields import flat
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))

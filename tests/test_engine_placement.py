@@ -11,7 +11,8 @@ from tiny_networks import message
 from torch import Tensor, fx, nn
 
 from zsq.graph.blocks import split
-from zsq.graph.capture import activations, aten, capture, output_nodes, weight_node
+from zsq.graph.capture import capture
+from zsq.graph.nodes import activations, aten, output_nodes, weight_node
 from zsq.models import ModelSpec
 from zsq.pipeline import compose_recipe
 from zsq.quant.attach import attach
@@ -20,7 +21,8 @@ from zsq.quant.engine_placement import CARRIERS, CAT, place_for_engine
 from zsq.quant.image_range import set_image_ranges
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from zsq.quant.scheme import Scheme, parse_bits, place
-from zsq.recipe import Calibration, Reconstruction, describe
+from zsq.recipe import Calibration, Reconstruction
+from zsq.recipe_fields import describe
 from zsq.recover.reconstruct import reconstruct
 
 W4A4 = parse_bits("W4A4", placement="engine")

@@ -5,11 +5,12 @@ import torch
 from statistics_networks import Separable, Shortcut, fitted, images, values_at
 from torch import Tensor, fx, nn
 
-from zsq.graph.capture import capture, weight_node
+from zsq.graph.capture import capture
 from zsq.graph.channels import by_input_channel
 from zsq.graph.equalize import absorb_bias, equalize, pairs, relu6_to_relu
 from zsq.graph.fold import fold_batch_norms
 from zsq.graph.moments import batch_norm_outputs
+from zsq.graph.nodes import weight_node
 from zsq.graph.tensors import get_tensor
 
 Known = dict[str, tuple[Tensor, Tensor]]

@@ -7,8 +7,9 @@ from torch import Tensor, fx, nn
 
 from zsq.errors import UsageError
 from zsq.graph.blocks import extract
-from zsq.graph.capture import aten, capture
+from zsq.graph.capture import capture
 from zsq.graph.equalize_norms import channel_ranges, equalize_norms, norm_layers
+from zsq.graph.nodes import aten
 from zsq.models import Teacher
 from zsq.pipeline import quantize
 from zsq.quant.attach import attach

@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 
 from zsq.errors import JobError
 from zsq.export.targets import TARGETS, container_widths
-from zsq.graph.capture import aten, capture
+from zsq.graph.capture import capture
+from zsq.graph.nodes import aten
 from zsq.models import ModelSpec
 from zsq.quant.attach import attach
 from zsq.quant.calibrate import calibrate

@@ -11,7 +11,8 @@ from quantization_networks import Residual, Tokens, images
 from torch import fx, nn
 
 from zsq.export.targets import TARGETS
-from zsq.graph.capture import LAYERS, capture
+from zsq.graph.capture import capture
+from zsq.graph.nodes import LAYERS
 from zsq.models import ModelSpec, load_model
 from zsq.quant.attach import attach
 from zsq.quant.calibrate import calibrate

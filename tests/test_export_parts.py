@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from zsq.export.codes import stored_activation, stored_weight
 from zsq.export.prepare import prepared, scale_channels
 from zsq.export.targets import TARGETS, container_widths
-from zsq.graph.capture import aten, capture
+from zsq.graph.capture import capture
+from zsq.graph.nodes import aten
 from zsq.quant.attach import attach
 from zsq.quant.calibrate import calibrate
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer, quantize_weight

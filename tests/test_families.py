@@ -9,8 +9,9 @@ from graph_networks import chained, outputs, same
 from torch import Tensor, nn
 
 from zsq.graph.blocks import split
-from zsq.graph.capture import activations, aten, capture, weight_node
+from zsq.graph.capture import capture
 from zsq.graph.fold import fold_batch_norms
+from zsq.graph.nodes import activations, aten, weight_node
 from zsq.quant.attach import attach
 from zsq.quant.calibrate import calibrate
 from zsq.quant.scheme import Scheme

@@ -324,7 +324,8 @@ def test_another_learning_rate_goes_on_from_the_images(recipe: str, setting: str
 
 def test_findings_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = zsq.quantize(broken(dead_channel), recipe="dfq", bits="W8A8", budget="quick")
-    from zsq.cli.terminal import print_parts, quantized_summary
+    from zsq.cli.summaries import quantized_summary
+    from zsq.cli.terminal import print_parts
     from zsq.report.page import write_report
 
     print_parts(*quantized_summary(copy.deepcopy(run.record), tmp_path, None))

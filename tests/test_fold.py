@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from graph_networks import NETWORKS, SIZE, conv, graph_of, images, network, outputs, randomised
 from torch import Tensor, fx, nn
 
-from zsq.graph.capture import capture, layer_name, module_path
+from zsq.graph.capture import capture
 from zsq.graph.fold import BATCH_NORM, batch_norm_pairs, fold_batch_norms
+from zsq.graph.nodes import layer_name, module_path
 from zsq.graph.tensors import get_tensor
 
 # How many BatchNorms a network has, and how many of them can be folded.

@@ -11,6 +11,7 @@ from student_networks import batch_of, bits_of, calibrated
 from torch import Tensor, nn
 
 from zsq.errors import JobError, UsageError
+from zsq.images.batches import Batch, batch_from_piece
 from zsq.images.forward import Observer, observe
 from zsq.images.gradients import (
     Gradients,
@@ -26,7 +27,7 @@ from zsq.images.neighbours import find_neighbours, to_edge
 from zsq.images.refine import refine, refine_batch
 from zsq.images.settings import Filter, Refinement, Synthesis
 from zsq.images.synthesis_loss import SynthesisLoss
-from zsq.images.synthesize import Batch, batch_from_piece, synthesize
+from zsq.images.synthesize import synthesize
 
 SYNTHESIS = Synthesis(num_images=12, batch_size=12, steps=30, latent_size=16)
 SETTINGS = Refinement(steps=3, lr_latent=0.01, lr_generator=1e-3)

@@ -11,12 +11,13 @@ from torch import Tensor, fx, nn
 
 from zsq.errors import JobError, UsageError
 from zsq.graph.capture import capture
+from zsq.images.batches import Batch, batch_sizes
 from zsq.images.forward import observe
 from zsq.images.losses import BatchNormStatistics, InputStatistics
 from zsq.images.schedules import WINDOW, Convergence, Plateau, cooling, schedule
 from zsq.images.settings import Synthesis
 from zsq.images.sources import LatentGenerator
-from zsq.images.synthesize import Batch, batch_sizes, synthesize, synthesize_batch
+from zsq.images.synthesize import synthesize, synthesize_batch
 
 SHORT = Synthesis(num_images=8, batch_size=8, steps=3, latent_size=16)
 

@@ -17,7 +17,7 @@ from zsq.images.pixels import optimise_pixels
 from zsq.images.settings import Synthesis
 from zsq.images.statistics import StatisticsDistance, statistics_gaps
 from zsq.images.synthesize import synthesize_batch
-from zsq.recipe import describe
+from zsq.recipe_fields import describe
 from zsq.recipes.genie import GENIE
 from zsq.recipes.intraq import INTRAQ
 

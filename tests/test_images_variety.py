@@ -22,7 +22,8 @@ from zsq.images.settings import Refinement, Synthesis
 from zsq.images.synthesize import synthesize, synthesize_batch
 from zsq.images.variety import LEAST_CONTRAST, draw_looks, looks_of
 from zsq.pipeline import quantize
-from zsq.recipe import Recipe, Reconstruction, describe, with_overrides
+from zsq.recipe import Recipe, Reconstruction
+from zsq.recipe_fields import describe, with_overrides
 from zsq.recipes.genie import GENIE
 from zsq.recover.settings import FineTuning
 

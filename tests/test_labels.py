@@ -16,7 +16,8 @@ from zsq.images.pixel_settings import Centres, PixelSynthesis
 from zsq.images.settings import Filter
 from zsq.models import Teacher
 from zsq.pipeline import quantize, synthesize_images
-from zsq.recipe import Recipe, describe, with_overrides
+from zsq.recipe import Recipe
+from zsq.recipe_fields import describe, with_overrides
 from zsq.recipes import sources
 from zsq.recipes.zeroq import ZEROQ
 from zsq.run import Run, load_run

@@ -9,9 +9,10 @@ from test_equalize import folded
 from torch import Tensor, nn
 
 from zsq.errors import UsageError
-from zsq.graph.capture import capture, weight_node
+from zsq.graph.capture import capture
 from zsq.graph.channels import channel_sums
 from zsq.graph.moments import batch_norm_outputs, moments, needed
+from zsq.graph.nodes import weight_node
 from zsq.graph.normal import clipped_normal
 from zsq.quant.attach import attach
 from zsq.quant.scheme import parse_bits

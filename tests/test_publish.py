@@ -12,8 +12,9 @@ from tiny_networks import message
 import zsq
 import zsq.cli
 from zsq.errors import JobError
+from zsq.model_card import model_card
 from zsq.models import Teacher
-from zsq.publish import CARD, load_pretrained, model_card, push, save_pretrained, without_paths
+from zsq.publish import CARD, load_pretrained, push, save_pretrained, without_paths
 
 QUICK = {"synthesis.num_images": 6, "synthesis.steps": 2, "reconstruction.steps": 2, "num_holdout": 4}
 

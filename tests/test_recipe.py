@@ -28,16 +28,8 @@ from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.pixel_settings import PixelSynthesis
 from zsq.images.settings import Filter, LowPass, Synthesis
 from zsq.pipeline import compose_recipe
-from zsq.recipe import (
-    Calibration,
-    GaussianNoise,
-    GivenImages,
-    Recipe,
-    Reconstruction,
-    describe,
-    flat,
-    with_overrides,
-)
+from zsq.recipe import Calibration, GaussianNoise, GivenImages, Recipe, Reconstruction
+from zsq.recipe_fields import describe, flat, with_overrides
 from zsq.recipes import RECIPES, get_recipe
 from zsq.recipes.genie import GENIE
 from zsq.recover.settings import ClassLabels, FineTuning, MapAlignment

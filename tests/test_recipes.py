@@ -17,7 +17,8 @@ from zsq.images.settings import LowPass, Synthesis
 from zsq.models import Teacher
 from zsq.pipeline import compose_recipe, quantize
 from zsq.progress import Progress
-from zsq.recipe import Calibration, GaussianNoise, GivenImages, Recipe, describe
+from zsq.recipe import Calibration, GaussianNoise, GivenImages, Recipe
+from zsq.recipe_fields import describe
 from zsq.recipes import RECIPES, get_recipe
 from zsq.recipes.genie import GENIE
 from zsq.recover.settings import FineTuning, MapAlignment

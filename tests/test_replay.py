@@ -14,6 +14,7 @@ from torch import Tensor
 import zsq.images.refine as refine_module
 import zsq.images.synthesize as synthesize_module
 import zsq.recover.learn_unit as learn_unit_module
+from zsq.images.batches import Batch
 from zsq.images.forward import observe
 from zsq.images.gradients import gradient_probe
 from zsq.images.losses import InputStatistics
@@ -21,7 +22,7 @@ from zsq.images.prior import InputPrior
 from zsq.images.refine import refine_batch
 from zsq.images.settings import Refinement, Synthesis
 from zsq.images.synthesis_loss import SynthesisLoss
-from zsq.images.synthesize import Batch, synthesize_batch
+from zsq.images.synthesize import synthesize_batch
 from zsq.recipe import Calibration, Reconstruction
 from zsq.recover.reconstruct import reconstruct
 from zsq.replay import Course, Replay, can_record

@@ -8,7 +8,8 @@ from graph_networks import NETWORKS, SIZE, conv, graph_of, node_of
 from tiny_networks import message
 from torch import Tensor, fx, nn
 
-from zsq.graph.capture import activations, aten, capture, layer_name, output_nodes, weight_node
+from zsq.graph.capture import capture
+from zsq.graph.nodes import activations, aten, layer_name, output_nodes, weight_node
 from zsq.quant.scheme import ENDS, Placement, Scheme, parse_bits, place
 
 W4A4 = Scheme(weight_bits=4, activation_bits=4)

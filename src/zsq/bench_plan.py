@@ -15,7 +15,8 @@ from zsq.data import Dataset, check_labels, open_dataset
 from zsq.errors import UsageError
 from zsq.models import ModelSource, Teacher, load_model
 from zsq.pipeline import compose_recipe
-from zsq.recipe import GivenImages, Recipe, describe, flat
+from zsq.recipe import GivenImages, Recipe
+from zsq.recipe_fields import describe, flat
 
 Cell = tuple[str, str, int]  # label, bits, seed
 

@@ -27,11 +27,12 @@ from zsq.errors import UsageError
 from zsq.evaluate import CHUNK, accuracy
 from zsq.files import write_atomic
 from zsq.graph.capture import moved
+from zsq.images.batches import batch_names, batch_sizes
 from zsq.images.pixel_settings import MadeInBatches
-from zsq.images.synthesize import batch_names, batch_sizes
 from zsq.pipeline import quantize, synthesize_images
 from zsq.progress import Callback, Progress
-from zsq.recipe import GivenImages, Recipe, describe
+from zsq.recipe import GivenImages, Recipe
+from zsq.recipe_fields import describe
 from zsq.recipe_images import Batches
 from zsq.run import load_run, read_record
 

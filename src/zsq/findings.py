@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from zsq.errors import JobError
-from zsq.graph.capture import LAYERS, weight_node
+from zsq.graph.nodes import LAYERS, weight_node
 from zsq.graph.tensors import device_of, get_tensor
 from zsq.health import Finding
 from zsq.images.forward import BATCH_NORMS, batch_norms

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from zsq.graph.blocks import split
+from zsq.images.batches import batch_sizes
 from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
 from zsq.images.prompts import TextToImage
 from zsq.images.settings import Filter, Synthesis
-from zsq.images.synthesize import batch_sizes
 from zsq.memory import estimate, read_bytes
 from zsq.models import Teacher, load_model
 from zsq.pipeline import compose_recipe, quantize

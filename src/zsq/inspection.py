@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from zsq.errors import UsageError
-from zsq.graph.capture import weight_node
+from zsq.graph.nodes import weight_node
 from zsq.graph.tensors import device_of, get_tensor
 from zsq.images.forward import observe
 from zsq.out_of_memory import in_chunks

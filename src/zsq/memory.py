@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from zsq.errors import UsageError
 from zsq.graph.blocks import Unit, last_readers
-from zsq.graph.capture import activations, weight_node
+from zsq.graph.nodes import activations, weight_node
 from zsq.images.sources import WIDTHS
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}

@@ -21,7 +21,8 @@ from zsq.memory import read_bytes
 from zsq.models import Teacher, load_model
 from zsq.progress import Callback, silent
 from zsq.quant.scheme import parse_bits
-from zsq.recipe import GivenImages, Recipe, with_overrides
+from zsq.recipe import GivenImages, Recipe
+from zsq.recipe_fields import with_overrides
 from zsq.recipe_images import Batches, ImageSet, check_made, made_names, make_images, shape_images
 from zsq.recipes import get_recipe
 from zsq.resume import finished_run, identity_of, open_state

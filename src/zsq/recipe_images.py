@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from zsq.account import Account
 from zsq.class_images import PIECE, drawn_images, generated_images, trained_generator
 from zsq.errors import UsageError
+from zsq.images.batches import batch_names, batch_sizes, is_complete
 from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.low_pass import low_pass, low_pass_gain
 from zsq.images.pixel_settings import MadeInBatches, PixelSynthesis
@@ -18,7 +19,7 @@ from zsq.images.pixels import synthesize_pixels
 from zsq.images.prior import input_prior, pixel_limits
 from zsq.images.prompts import TextToImage
 from zsq.images.settings import Synthesis
-from zsq.images.synthesize import batch_names, batch_sizes, is_complete, synthesize
+from zsq.images.synthesize import synthesize
 from zsq.models import ModelSpec, Teacher
 from zsq.progress import Progress
 from zsq.recipe import GaussianNoise, GivenImages, Recipe

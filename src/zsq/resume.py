@@ -21,7 +21,8 @@ from zsq.distributed import Group
 from zsq.errors import JobError, UsageError
 from zsq.models import Teacher
 from zsq.paths import check_output
-from zsq.recipe import Recipe, describe
+from zsq.recipe import Recipe
+from zsq.recipe_fields import describe
 from zsq.run import (
     FORMAT,
     STATE,

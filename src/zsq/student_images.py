@@ -12,6 +12,7 @@ from zsq.errors import UsageError
 from zsq.graph.blocks import Unit, split
 from zsq.graph.equalize_norms import channel_ranges, equalize_norms
 from zsq.graph.tensors import device_of
+from zsq.images.batches import Batch, batch_from_piece, batch_names, room_advice
 from zsq.images.filters import cover, least_sensitive, lowest
 from zsq.images.forward import observe
 from zsq.images.gradients import Probe, gradient_probe
@@ -26,7 +27,6 @@ from zsq.images.scores import (
     patch_nodes,
 )
 from zsq.images.settings import Filter, Refinement, Scope, Synthesis
-from zsq.images.synthesize import Batch, batch_from_piece, batch_names, room_advice
 from zsq.models import ModelSpec
 from zsq.out_of_memory import no_room
 from zsq.progress import Callback, Progress, unit_log

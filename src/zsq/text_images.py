@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from zsq.account import Account
 from zsq.distributed import spread
 from zsq.errors import JobError, UsageError
-from zsq.graph.capture import activations, weight_node
+from zsq.graph.nodes import activations, weight_node
 from zsq.graph.tensors import get_tensor
 from zsq.images.prompts import Prompt, TextToImage, mixed, plan, read_class_names
 from zsq.images.text_to_image import estimate, imagenet_names, load_pipeline, paint

@@ -8,7 +8,8 @@ import typer
 
 from zsq.amounts import bytes_text
 from zsq.cli.arguments import DebugOption, JsonOption
-from zsq.cli.terminal import evaluate_line, grid, only_result_on_stdout, print_json, print_parts, say
+from zsq.cli.summaries import evaluate_line
+from zsq.cli.terminal import grid, only_result_on_stdout, print_json, print_parts, say
 from zsq.errors import JobError, UsageError
 
 if TYPE_CHECKING:

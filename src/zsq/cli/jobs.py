@@ -33,15 +33,8 @@ from zsq.cli.call import call
 from zsq.cli.dry_run import show_forecast
 from zsq.cli.logs import both, logged
 from zsq.cli.measure import labelled, measure
-from zsq.cli.terminal import (
-    evaluate_line,
-    only_result_on_stdout,
-    print_json,
-    print_parts,
-    quantized_summary,
-    reported_progress,
-    say,
-)
+from zsq.cli.summaries import evaluate_line, quantized_summary
+from zsq.cli.terminal import only_result_on_stdout, print_json, print_parts, reported_progress, say
 from zsq.errors import JobError, UsageError, ZsqError
 
 

@@ -18,15 +18,8 @@ from zsq.cli.arguments import (
     processes,
     read_teacher,
 )
-from zsq.cli.terminal import (
-    diagnostics_summary,
-    measured_summary,
-    only_result_on_stdout,
-    print_json,
-    print_parts,
-    reported_progress,
-    say,
-)
+from zsq.cli.summaries import diagnostics_summary, measured_summary
+from zsq.cli.terminal import only_result_on_stdout, print_json, print_parts, reported_progress, say
 from zsq.errors import UsageError
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from inspect import cleandoc
 from typing import Any
 
 from zsq import recipes
-from zsq.recipe import Recipe, flat
+from zsq.recipe import Recipe
+from zsq.recipe_fields import flat
 
 
 @dataclass(frozen=True)

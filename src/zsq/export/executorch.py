@@ -22,7 +22,8 @@ from zsq.export.pt2 import (
     with_operators,
 )
 from zsq.files import check_free
-from zsq.graph.capture import LAYERS, quiet
+from zsq.graph.capture import quiet
+from zsq.graph.nodes import LAYERS
 from zsq.quant.engine_placement import FUSED
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from zsq.run import Run, load_run

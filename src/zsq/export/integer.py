@@ -11,7 +11,7 @@ from torch import fx
 from zsq.errors import import_extra
 from zsq.export.builder import EXTRA
 from zsq.export.engine import EngineModel, SessionOptions
-from zsq.graph.capture import aten
+from zsq.graph.nodes import aten
 from zsq.quant.engine_placement import CARRIERS, CAT, FUSED
 from zsq.quant.quantizers import ActivationQuantizer
 from zsq.quant.scheme import zero_padded

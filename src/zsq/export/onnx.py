@@ -22,8 +22,8 @@ from zsq.export.prepare import batch_norm_affine, prepared
 from zsq.export.targets import IR_VERSIONS, OPSET_OF_TWO_BITS, Target, container_widths, get_target
 from zsq.export.verify import NUM_IMAGES, Reference, Verification, verify
 from zsq.files import check_free
-from zsq.graph.capture import aten
 from zsq.graph.fold import BATCH_NORM
+from zsq.graph.nodes import aten
 from zsq.graph.tensors import get_tensor
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from zsq.run import Run, load_run

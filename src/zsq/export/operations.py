@@ -10,7 +10,7 @@ from torch import fx
 from zsq.errors import UsageError
 from zsq.export import layers, shapes
 from zsq.export.builder import Builder, as_integers
-from zsq.graph.capture import aten
+from zsq.graph.nodes import aten
 
 if TYPE_CHECKING:
     import onnx_ir as ir

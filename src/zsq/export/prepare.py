@@ -8,8 +8,8 @@ from torch import Tensor, fx, nn
 
 from zsq.errors import UsageError
 from zsq.export.targets import Target
-from zsq.graph.capture import LAYERS
 from zsq.graph.fold import BATCH_NORM, scales_channels
+from zsq.graph.nodes import LAYERS
 from zsq.graph.tensors import get_tensor
 from zsq.quant.affine import along_axis
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer

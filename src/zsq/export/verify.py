@@ -14,7 +14,7 @@ from zsq.export.account import VERIFIED
 from zsq.export.bisect import CHUNK, MAX_ERROR, first_difference, relative_error
 from zsq.export.builder import EXTRA
 from zsq.export.engine import LEVELS, EngineModel, SessionOptions
-from zsq.graph.capture import LAYERS
+from zsq.graph.nodes import LAYERS
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from zsq.quant.scheme import MOVES
 

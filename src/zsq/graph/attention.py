@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import fx
 
-aten = torch.ops.aten
+from zsq.graph.nodes import aten
+
 PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
 SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default})
 FUSED_ATTENTION = aten.scaled_dot_product_attention.default

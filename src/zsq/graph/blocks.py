@@ -7,7 +7,7 @@ from os.path import commonprefix
 import torch
 from torch import fx
 
-from zsq.graph.capture import activations, aten, layer_name, module_path, output_nodes, weight_node
+from zsq.graph.nodes import activations, aten, layer_name, module_path, output_nodes, weight_node
 
 MAX_LAYERS = 8  # weighted layers in a unit before it is split at places where several tensors are live
 MAX_MERGED = 5  # weighted layers that a unit merged from neighbouring ones may have

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from zsq.graph.capture import aten
+from zsq.graph.nodes import aten
 
 
 def by_input_channel(weight: Tensor, node: fx.Node, channels: int) -> Tensor:

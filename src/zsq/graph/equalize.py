@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from zsq.graph.capture import LAYERS, aten, weight_node
 from zsq.graph.channels import by_input_channel, channel_sums, clip_limits
 from zsq.graph.fold import store
 from zsq.graph.moments import Normals
+from zsq.graph.nodes import LAYERS, aten, weight_node
 from zsq.graph.tensors import get_tensor
 
 CONVERGED = 1e-3  # largest |log s| of a pass after which no further one is made

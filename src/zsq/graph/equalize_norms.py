@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from zsq.graph.blocks import extract
-from zsq.graph.capture import aten, weight_node
 from zsq.graph.fold import store
+from zsq.graph.nodes import aten, weight_node
 from zsq.graph.tensors import get_tensor
 
 NARROWEST = 1e-2  # of a channel's range, as a share of the mean range: narrower ones count as so wide

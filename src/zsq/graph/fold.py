@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from zsq.graph.capture import LAYERS, aten, weight_node
+from zsq.graph.nodes import LAYERS, aten, weight_node
 from zsq.graph.tensors import get_tensor, make_submodule
 
 BATCH_NORM = aten.batch_norm.default

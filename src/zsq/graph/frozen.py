@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 
-aten = torch.ops.aten
+from zsq.graph.nodes import aten
 
 
 def freeze_batch_norms(graph: fx.Graph) -> None:

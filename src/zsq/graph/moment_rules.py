@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from zsq.graph.capture import LAYERS, aten, weight_node
 from zsq.graph.channels import channel_sums, clip_limits
+from zsq.graph.nodes import LAYERS, aten, weight_node
 from zsq.graph.normal import Moments, clipped_normal
 from zsq.graph.tensors import get_tensor
 

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, fx
 
 from zsq.errors import UsageError
-from zsq.graph.capture import weight_node
 from zsq.graph.fold import BATCH_NORM, fold_into, foldable
 from zsq.graph.frozen import freeze_batch_norms, freeze_convolutions
+from zsq.graph.nodes import aten, weight_node
 from zsq.graph.tensors import get_tensor
 from zsq.images.looks import attention_patches
 from zsq.images.setting_checks import Units
 
-aten = torch.ops.aten
 # BatchNorm with stored statistics -> positions of input, running_mean, running_var, training (or None), eps.
 BATCH_NORMS: dict[Any, tuple[int, int, int, int | None, int]] = {
     aten.batch_norm.default: (0, 3, 4, 5, 7),

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from zsq.distributed import ALONE, Group
 from zsq.graph.tensors import device_of
 from zsq.health import Watch
+from zsq.images.batches import batch_sizes
 from zsq.images.class_generator import ClassGenerator
 from zsq.images.class_losses import (
     SecondClass,
@@ -24,7 +25,6 @@ from zsq.images.pixel_objective import Targets
 from zsq.images.prior import STANDARD, InputPrior
 from zsq.images.schedules import LOGS_A_BATCH, check_finite
 from zsq.images.statistics import StatisticsDistance, image_statistics, with_targets, with_units
-from zsq.images.synthesize import batch_sizes
 from zsq.kernels import computing_in
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of a parameter

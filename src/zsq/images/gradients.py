@@ -15,8 +15,8 @@ from torch.func import grad, vmap
 
 from zsq.errors import UsageError
 from zsq.graph.blocks import Unit, extract
-from zsq.graph.capture import aten, output_nodes, weight_node
 from zsq.graph.frozen import freeze_batch_norms
+from zsq.graph.nodes import aten, output_nodes, weight_node
 from zsq.images.settings import Scope
 from zsq.quant.plain import PlainPart, merge_calls, plain_part
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from zsq.distributed import ALONE, Group, spread
 from zsq.graph.tensors import device_of
 from zsq.health import Watch
+from zsq.images.batches import Log, batch_names, batch_sizes, log_batch, room_advice
 from zsq.images.class_losses import classes_by_batch, number_of_classes
 from zsq.images.class_settings import ClassGuide
 from zsq.images.crops import crop, draw_crops
@@ -21,7 +22,7 @@ from zsq.images.pixel_settings import PixelSynthesis
 from zsq.images.prior import STANDARD, InputPrior, PixelLimits
 from zsq.images.schedules import LOGS_A_BATCH, Annealing, Plateau, check_finite
 from zsq.images.statistics import pooled_statistics
-from zsq.images.synthesize import Finished, Log, batch_names, batch_sizes, log_batch, room_advice
+from zsq.images.synthesize import Finished
 from zsq.images.texture import natural_noise
 from zsq.out_of_memory import no_room
 from zsq.rng import rng_for

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from zsq.graph.tensors import device_of
 from zsq.health import Watch
+from zsq.images.batches import Batch, is_complete, piece_of
 from zsq.images.forward import ForwardPass, Observer, observe
 from zsq.images.gradients import (
     Gradients,
@@ -25,7 +26,6 @@ from zsq.images.prior import STANDARD, InputPrior
 from zsq.images.schedules import LOGS_A_BATCH, check_finite, generator_rates, latent_optimizer
 from zsq.images.settings import Refinement, Synthesis
 from zsq.images.synthesis_loss import SynthesisLoss, needs, synthesis_loss
-from zsq.images.synthesize import Batch, is_complete, piece_of
 from zsq.images.variety import looks_of
 from zsq.images.views import Shifts, draw_shifts, swing
 from zsq.kernels import computing_in

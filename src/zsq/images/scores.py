@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from zsq.errors import UsageError
 from zsq.graph.blocks import extract
-from zsq.graph.capture import aten
+from zsq.graph.nodes import aten
 from zsq.images.forward import Observer
 
 CHUNK = 64  # images at once

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 
-aten = torch.ops.aten
+from zsq.graph.nodes import aten
+
 CONVOLUTIONS: dict[Any, int] = {  # -> position of the stride
     aten.conv2d.default: 3,
     aten.conv2d.padding: 3,

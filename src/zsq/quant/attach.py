@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from zsq.graph.capture import LAYERS, aten, weight_node
+from zsq.graph.nodes import LAYERS, aten, weight_node
 from zsq.graph.tensors import device_of, get_tensor, make_submodule
 from zsq.quant.engine_placement import place_for_engine
 from zsq.quant.quantizers import ActivationQuantizer, quantize_weight

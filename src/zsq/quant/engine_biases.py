@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from zsq.graph.capture import LAYERS
 from zsq.graph.fold import BATCH_NORM, scales_channels
+from zsq.graph.nodes import LAYERS
 from zsq.graph.tensors import get_tensor
 from zsq.quant.affine import along_axis
 from zsq.quant.engine_placement import CARRIERS, CAT

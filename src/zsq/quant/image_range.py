@@ -4,7 +4,7 @@ import torch
 from torch import fx
 
 from zsq.graph.blocks import extract
-from zsq.graph.capture import activations
+from zsq.graph.nodes import activations
 from zsq.graph.tensors import device_of
 from zsq.models import ModelSpec
 from zsq.quant.affine import choose_qparams

@@ -8,7 +8,7 @@ from torch import fx
 
 from zsq.errors import UsageError
 from zsq.graph.attention import operands, softmax_before
-from zsq.graph.capture import activations, aten, weight_node
+from zsq.graph.nodes import activations, aten, weight_node
 
 ENDS = ("8bit", "same")
 PLACEMENTS = ("research", "engine")

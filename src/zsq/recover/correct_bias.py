@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from zsq.graph.capture import LAYERS, weight_node
 from zsq.graph.channels import channel_sums
 from zsq.graph.fold import store
 from zsq.graph.moments import needed
+from zsq.graph.nodes import LAYERS, weight_node
 from zsq.graph.normal import Moments
 from zsq.graph.tensors import get_tensor
 from zsq.quant.attach import Quantizers

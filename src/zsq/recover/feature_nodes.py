@@ -6,8 +6,8 @@ from torch import Tensor, fx
 
 from zsq.errors import UsageError
 from zsq.graph.blocks import Unit
-from zsq.graph.capture import activations, aten, output_nodes
 from zsq.graph.fold import BATCH_NORM
+from zsq.graph.nodes import activations, aten, output_nodes
 from zsq.quant.scheme import layer_depths, leads_to_layer
 
 CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding})

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from zsq.graph.blocks import Unit, extract
-from zsq.graph.capture import aten
+from zsq.graph.nodes import aten
 from zsq.graph.tensors import device_of
 from zsq.out_of_memory import in_chunks
 from zsq.recover.correct_bias import Changes, apply_changes, correctable

@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from zsq.distributed import ALONE, Group
 from zsq.errors import JobError
 from zsq.graph.blocks import Unit, extract
-from zsq.graph.capture import aten, weight_node
 from zsq.graph.frozen import freeze_batch_norms
+from zsq.graph.nodes import aten, weight_node
 from zsq.graph.tensors import get_tensor
 from zsq.out_of_memory import no_room
 from zsq.quant.attach import Quantizers

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from zsq.graph.capture import weight_node
+from zsq.graph.nodes import weight_node
 from zsq.graph.tensors import get_tensor
 from zsq.quant.attach import Quantizers
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer

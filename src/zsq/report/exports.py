@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zsq.export.account import VERIFIED
-from zsq.publish import exports_of
+from zsq.model_card import exports_of
 from zsq.run import LATENCIES
 
 SAME_RUN = {"zsq.bits": ("bits",), "zsq.seed": ("seed",), "zsq.teacher_sha256": ("model", "sha256")}

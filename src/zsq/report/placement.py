@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from zsq.graph.capture import LAYERS, aten
+from zsq.graph.nodes import LAYERS, aten
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 
 ROW, LANE, WIDEST = 30, 14, 168  # pixels: height of a row, distance of lanes, all lanes at most

@@ -6,7 +6,7 @@ from typing import Any
 
 from zsq.errors import UsageError
 from zsq.pipeline import compose_recipe
-from zsq.recipe import describe
+from zsq.recipe_fields import describe
 from zsq.recipes import get_recipe
 
 NOT_THERE = "—"

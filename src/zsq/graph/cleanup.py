@@ -1,0 +1,138 @@
+"""Rewrite an exported graph: one tensor in, nothing written in place, nothing that does not count."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from zsq.errors import UsageError
+from zsq.graph.nodes import LAYERS, activations, aten, module_path
+from zsq.graph.tensors import get_tensor, make_submodule
+
+# Operations that return their first argument itself on a model in eval mode.
+IDENTITIES: frozenset[Any] = frozenset(
+    {
+        aten.dropout.default,
+        aten.dropout_.default,
+        aten.feature_dropout.default,
+        aten.feature_dropout_.default,
+        aten.alpha_dropout.default,
+        aten.alpha_dropout_.default,
+        aten.feature_alpha_dropout.default,
+        aten.feature_alpha_dropout_.default,
+        aten.alias.default,
+        aten.detach.default,
+    }
+)
+
+
+def flat_signature(exported: fx.GraphModule) -> fx.GraphModule:
+    """The graph with one tensor in and a tensor or a flat tuple out, in place of torch.export's pytrees."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    if len(placeholders) != 1:
+        raise UsageError(
+            f"The model takes {len(placeholders)} inputs; zsq needs a model of one image tensor."
+        )
+    result: Any = None
+    for node in exported.graph.nodes:
+        if node.op == "output":
+            leaves = [leaf for leaf in pytree.tree_leaves(node.args[0]) if leaf is not None]
+            mapped = [values[leaf] for leaf in leaves if isinstance(leaf, fx.Node)]
+            if not mapped:
+                raise UsageError("The model returns no tensor.")
+            result = mapped[0] if len(mapped) == 1 else tuple(mapped)
+        else:
+            values[node] = graph.node_copy(node, lambda n: values[n])
+    graph.output(result)
+    graph.set_codegen(CodeGen())
+    return fx.GraphModule(exported, graph, "Captured")
+
+
+def remove_in_place(graph_module: fx.GraphModule) -> None:
+    """Turn `add_`, `relu_` into `add`, `relu`; later readers of the overwritten tensor read the result."""
+    graph = graph_module.graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        target = node.target
+        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+            continue
+        if not target._schema.is_mutable or not target._schema.name.endswith("_"):
+            continue
+        packet = getattr(aten, target._schema.name.split("::")[1][:-1], None)
+        overload = getattr(packet, target._overloadname, None)
+        overwritten = node.args[0]
+        if overload is None or not isinstance(overwritten, fx.Node):
+            raise UsageError(
+                f"The model writes in place with {target}, which zsq cannot turn into a pure operation."
+            )
+        node.target = overload
+        for user in list(overwritten.users):
+            if order[user] > order[node]:
+                user.replace_input_with(overwritten, node)
+
+
+def remove_identities(graph_module: fx.GraphModule) -> None:
+    """Remove dropout and the like, which return the very tensor that a later write in place may mean."""
+    for node in list(graph_module.graph.nodes):
+        source = node.args[0] if node.args else None
+        if node.op != "call_function" or not isinstance(source, fx.Node):
+            continue
+        noop = node.target in IDENTITIES or (
+            node.target is aten.slice.Tensor and _shape(node) is not None and _shape(node) == _shape(source)
+        )
+        if noop:
+            node.replace_all_uses_with(source)
+            graph_module.graph.erase_node(node)
+
+
+def _shape(node: fx.Node) -> tuple[str, ...] | None:
+    value = node.meta.get("val")
+    return tuple(map(str, value.shape)) if isinstance(value, Tensor) else None
+
+
+def accept_any_strides(graph_module: fx.GraphModule) -> None:
+    """`reshape` for `view`: the same values, and it takes channels-last tensors too."""
+    for node in graph_module.graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+
+
+def remove_unused(graph_module: fx.GraphModule) -> None:
+    """Remove what nothing reads, also assertions on metadata, which fx keeps."""
+    for node in reversed(list(graph_module.graph.nodes)):
+        if node.op == "call_function" and not node.users:
+            graph_module.graph.erase_node(node)
+
+
+def fold_constants(graph_module: fx.GraphModule) -> None:
+    """Compute what depends on parameters only (standardised weights, position tables), as a buffer."""
+    graph = graph_module.graph
+    varying = set(activations(graph))
+    known: dict[fx.Node, Any] = {}  # tensors, and tuples of them
+    for node in list(graph.nodes):
+        if node in varying or node.op == "output":
+            continue
+        if node.op == "get_attr":
+            known[node] = get_tensor(graph_module, str(node.target))
+        elif node.op == "call_function" and all(a in known for a in node.all_input_nodes):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
+            with torch.no_grad():
+                known[node] = node.target(*args, **kwargs)
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(known.get(node), Tensor):
+            continue
+        if any(user not in known for user in node.users):
+            layer = next((u for u in node.users if u.target in LAYERS and u.args[1] is node), None)
+            path = module_path(layer) if layer is not None else ""
+            name = f"{path}.constant_{node.name}".lstrip(".")
+            owner, _, leaf = name.rpartition(".")
+            make_submodule(graph_module, owner).register_buffer(leaf, known[node].detach())
+            with graph.inserting_before(node):
+                constant = graph.get_attr(name)
+            constant.meta = dict(node.meta)
+            node.replace_all_uses_with(constant)
+    graph.eliminate_dead_code()
