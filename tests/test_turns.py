@@ -179,6 +179,9 @@ def test_budgets() -> None:
     assert (quick.synthesis.num_images, quick.synthesis.condition) == (128, "input")
     assert quick.synthesis.batch_size == quick.fine_tuning.batch_size == 64
     assert quick.synthesis.centres is not None and quick.synthesis.centres.steps == round(1500 * 150 / 800)
+    assert (quick.synthesis.lr, quick.synthesis.class_weight) == (3e-3, 0.1 * quick.synthesis.bn.weight)
+    game = with_budget(RECIPES["adadfq"], "quick", input_size=(3, 32, 32)).synthesis
+    assert isinstance(game, GeneratorSynthesis) and (game.lr, game.class_weight) == (1e-3, 0.1)
     assert with_budget(recipe, "paper", input_size=(3, 32, 32)) is recipe
     for name, threshold in (("gdfq", GENERATED_DIFFICULTY), ("gdfq-synq", 0.5), ("intraq", 1.0)):
         tuning = with_budget(RECIPES[name], "quick", input_size=(3, 32, 32)).fine_tuning
