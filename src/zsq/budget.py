@@ -1,5 +1,6 @@
 """Budgets: images and steps together, for settings that a user did not give."""
 
+import math
 from dataclasses import replace
 
 from zsq.errors import UsageError
@@ -283,10 +284,10 @@ def _pixels(published: PixelSynthesis, num_images: int, steps: int, large: bool)
 def _generator(
     published: GeneratorSynthesis, num_images: int, steps: int, batch_size: int, rate: float, large: bool
 ) -> GeneratorSynthesis:
-    """At most so many images, steps and images a step, the last one that of fine-tuning; fewer at a rate."""
+    """At most so many images, steps and images a step (those of fine-tuning); fewer steps go at `rate`."""
     source = _for_large(published) if large else published
     if steps < source.steps:
-        most = GENERATED_CLASS_SHARE * source.bn.weight
+        most = GENERATED_CLASS_SHARE * source.bn.weight or math.inf
         source = replace(
             source,
             lr=max(source.lr, rate),

@@ -14,8 +14,8 @@ in the paper's ablation; without fine-tuning (`fine_tuning=none`) they only set 
 Measured on cifar10_resnet20 (91.0 in float on the first 1500 test images), W4A4, seed 0, 150 steps of the
 generator alone and 200 in turns on 32 images each, at 3e-4 and for the last fifth a tenth of it (`standard`
 has 300 and 400, on 64): 85.8, and 84.5 without turns on 256 images (the paper has 2.1 points between them).
-The published schedule, 80000 steps on 200 images, loses 3.8 points. The generator was far from done: its
-class loss fell from 5.7 to 2.3 alone and to 1.5 in turns.
+The published schedule, 80000 steps on 200 images, loses 3.8 points. The generator, at its published rate and
+weights, was far from done: its class loss fell from 5.7 to 2.3 alone and to 1.5 in turns.
 
 Settings are those of the code for CIFAR-100. Where this differs:
 
@@ -26,8 +26,8 @@ Settings are those of the code for CIFAR-100. Where this differs:
 * Inputs of more than 64 x 64 pixels get the paper's generator for ImageNet (the class chooses scale and shift
   of its BatchNorms), 10000 steps before the student, and 16 images a step. The student's rate is then 1e-5,
   as in AdaDFQ; GDFQ's is 1e-6 (`fine_tuning.lr=1e-6`).
-* Budgets with fewer steps leave hard labels to images whose class the teacher finds likely, see
-  `zsq.budget.with_budget`.
+* Budgets with fewer steps leave hard labels to images whose class the teacher finds likely, let the
+  generator learn the statistics before the classes, and at a larger rate, see `zsq.budget.with_budget`.
 * Ranges, quantizers, gradients: see `zsq show hast`.
 
 `gdfq-synq`: table 7 of SynQ (arXiv:2603.18423). The images of GDFQ's generator, in turns; SynQ's low-pass
