@@ -105,6 +105,7 @@ def fine_tune(
     views = Views((images.shape[2], images.shape[3]), settings, images.device)
     piece = finished.get(PIECE)
     advice = f"Lower fine_tuning.batch_size (now {settings.batch_size}), which changes the result."
+    observed = settings.ranges == "minmax" and not reconstructed
     with no_room(advice):
 
         def observe(part: nn.Module) -> None:
@@ -117,7 +118,7 @@ def fine_tune(
             quantizers,
             settings,
             reconstructed=reconstructed,
-            observe=observe if settings.ranges == "minmax" else None,
+            observe=observe if observed else None,
         )
         labels = (_classes(shown, images) if labels is None else labels).to(images.device)
         parameters = [p.requires_grad_(True) for p in trainee.parameters().values()]

@@ -196,7 +196,8 @@ class FineTuning:
             cifar100_resnet20s, W4A4, hast at the quick budget, 24.5 before, 3.9 after.
         ranges: "kept": scales and zero points of the calibrated or reconstructed student. "minmax" (GDFQ and
             those built on it): of weights, lowest and highest value per output channel, anew in every step;
-            of activations, a moving average of them over one pass, then fixed.
+            of activations, a moving average of them over one pass, then fixed. A reconstructed student
+            keeps what it has learned in any case.
         range_momentum: of the moving average of activation ranges.
         augment: random crops and flips, drawn anew for every image and step.
         crop_scale: smallest share of an image's area that a crop has.
