@@ -27,8 +27,9 @@ from zsq.recipe_images import Batches, ImageSet, check_made, made_names, make_im
 from zsq.recipes import get_recipe
 from zsq.resume import finished_run, identity_of, open_state
 from zsq.run import FORMAT, RECORD, STATE, Run, write_images
-from zsq.stages import captured, check_graph, identity_of_prompts, run_stages
+from zsq.stages import captured, check_graph, run_stages
 from zsq.student_images import attached, refines
+from zsq.text_images import plan_identity
 
 
 def compose_recipe(
@@ -146,7 +147,7 @@ def quantize(
         graph = captured(teacher, target)
         check_graph(graph, settings, teacher)
     identity = identity_of("quantize", teacher, settings, images, seed, target, labels=image_labels)
-    identity |= identity_of_prompts(graph, teacher, settings, seed)
+    identity |= plan_identity(graph, teacher, settings, seed)
     folder = Path(out) if out is not None else None
     finished = finished_run(folder, identity, force=force, command=command) if group.size == 1 else None
     if finished is not None:
@@ -219,7 +220,7 @@ def synthesize_images(
     check_graph(graph, settings, teacher)
     folder = Path(out) if out is not None else None
     identity = identity_of("synthesize", teacher, settings, None, seed, target)
-    identity |= identity_of_prompts(graph, teacher, settings, seed)
+    identity |= plan_identity(graph, teacher, settings, seed)
     with reproducible(target), open_state(folder, identity, force=force, command=None, group=group) as state:
         account, keep = Account(progress, group), made is not None
         found = make_images(graph, teacher, settings, None, seed, target, state, account, keep_sources=keep)

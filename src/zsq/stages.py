@@ -30,20 +30,19 @@ from zsq.inspection import codes_of, inspect
 from zsq.memory import cache_bytes
 from zsq.models import Teacher
 from zsq.pictures import mode_of
-from zsq.progress import unit_log
 from zsq.quant.attach import Quantizers
 from zsq.quant.engine_biases import round_biases
 from zsq.recipe import GaussianNoise, Recipe, Reconstruction, StatisticalRanges
 from zsq.recipe_images import ImageSet, make_holdout, make_images, shape_images
 from zsq.recover.mean_shift import correct_means
-from zsq.recover.reconstruct import UnitResult, reconstruct, unit_name
+from zsq.recover.reconstruct import UnitResult
 from zsq.recover.storage import MEMORY, Storage
 from zsq.run import Run
 from zsq.state import State
 from zsq.student import stored_bytes
 from zsq.student_fine_tuning import check_losses, fine_tuned
-from zsq.student_images import Networks, attached, check_shaping
-from zsq.text_images import class_names, plan_identity, prompts_of
+from zsq.student_images import Networks, attached, check_shaping, learn
+from zsq.text_images import class_names
 from zsq.without_images import check_statistics
 
 logger = logging.getLogger(__name__)
@@ -77,16 +76,6 @@ def check_graph(graph: fx.GraphModule, settings: Recipe, teacher: Teacher) -> No
         class_names(teacher, settings.synthesis)
         check_pipeline(settings.synthesis)
     check_statistics(graph, settings, input_prior(teacher.spec))
-
-
-def identity_of_prompts(
-    graph: fx.GraphModule, teacher: Teacher, settings: Recipe, seed: int
-) -> dict[str, str]:
-    """What the images depend on besides the settings: the prompts, which hold the content of a file."""
-    source = settings.synthesis
-    if not isinstance(source, TextToImage):
-        return {}
-    return {"prompts_sha256": plan_identity(prompts_of(graph, teacher, source, seed))}
 
 
 def run_stages(
@@ -195,27 +184,22 @@ def _reconstructed(
     storage: Storage,
 ) -> list[UnitResult]:
     """Calibrate the student on images and, if there is something to learn, reconstruct it unit by unit."""
-    names = [unit.name for unit in networks.units]
-    resumed = {name for index, name in enumerate(names) if unit_name(index) in state}
-    results = reconstruct(
-        networks.original,
-        networks.student,
-        networks.quantizers,
-        networks.units,
+    student = networks.student
+    results = learn(
+        networks,
+        student,
         images,
-        settings=learning,
-        calibration=settings.calibration,
-        seed=seed,
-        finished=state,
-        log=unit_log(account, "reconstruct", names, learning.steps if learning else 1, resumed),
+        settings,
+        learning,
+        seed,
+        state,
+        account,
         group=account.group,
         storage=storage,
     )
     instead = settings.reconstruction if learning is None else None
     if instead is not None and instead.at_8_bits == "correct_biases":
-        correct_means(
-            networks.original, networks.student, networks.units, images, finished=state, storage=storage
-        )
+        correct_means(networks.original, student, networks.units, images, finished=state, storage=storage)
     return results
 
 

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from zsq.distributed import ALONE, Group
 from zsq.errors import UsageError
 from zsq.graph.blocks import Unit, split
 from zsq.graph.equalize_norms import channel_ranges, equalize_norms
@@ -29,11 +30,12 @@ from zsq.images.scores import (
 from zsq.images.settings import Filter, Refinement, Scope, Synthesis
 from zsq.models import ModelSpec
 from zsq.out_of_memory import no_room
-from zsq.progress import Callback, Progress, unit_log
+from zsq.progress import Callback, Progress, silent, unit_log
 from zsq.quant.attach import Quantizers, attach
 from zsq.quant.image_range import set_image_ranges
 from zsq.recipe import Recipe, Reconstruction
-from zsq.recover.reconstruct import reconstruct, unit_name
+from zsq.recover.reconstruct import UnitResult, reconstruct, unit_name
+from zsq.recover.storage import MEMORY, Storage
 from zsq.rng import derived_seed, rng_for
 from zsq.state import Prefixed, State
 from zsq.without_images import rewritten, settle_by_statistics
@@ -203,7 +205,8 @@ def _kept(
     if chosen.method == "random":
         return torch.randperm(len(images), generator=rng_for(seed, "filter"))[:keep]
     if chosen.method == "gradient_cover":  # by a student that rounds to nearest, calibrated on all images
-        student = _learned(networks, images, settings, None, seed, {}, lambda *_: None)
+        student = copy.deepcopy(networks.student)
+        learn(networks, student, images, settings, None, seed, {}, silent)
         return cover(_probe(networks, student, chosen.gradients), images, keep)
     if chosen.method == "bn_sensitivity":
         return least_sensitive(norm_sums(observe(graph), images), groups, keep)
@@ -252,25 +255,44 @@ def _short_student(
     if learning is not None:
         steps, rate = refinement.warmup_steps, refinement.warmup_lr_rounding
         learning = replace(learning, steps=steps, lr_rounding=rate)
-    finished = Prefixed(state, "warmup-")
-    names = [unit.name for unit in networks.units]
-    resumed = {name for index, name in enumerate(names) if unit_name(index) in finished}
-    log = unit_log(report, "warm-up", names, learning.steps if learning else 1, resumed)
-    return _learned(networks, images, settings, learning, derived_seed(seed, "warmup"), finished, log)
+    student = copy.deepcopy(networks.student)
+    finished, seed = Prefixed(state, "warmup-"), derived_seed(seed, "warmup")
+    learn(networks, student, images, settings, learning, seed, finished, report, stage="warm-up")
+    return student
 
 
-def _learned(
+def learn(
     networks: Networks,
+    student: fx.GraphModule,
     images: Tensor,
     settings: Recipe,
     learning: Reconstruction | None,
     seed: int,
     finished: State,
-    log: Callable[[str, int, int, dict[str, float]], None],
-) -> fx.GraphModule:
-    """A copy of the student, calibrated and (unless `learning` is None) reconstructed."""
-    student = copy.deepcopy(networks.student)
-    reconstruct(
+    report: Callback,
+    *,
+    stage: str = "reconstruct",
+    group: Group = ALONE,
+    storage: Storage = MEMORY,
+) -> list[UnitResult]:
+    """Calibrate a student in place and (unless `learning` is None) reconstruct it, unit by unit.
+
+    Args:
+        networks: that the student, theirs or a copy of it, belongs to.
+        student: changed in place.
+        images: (N, C, H, W), normalised, on the device to compute on.
+        settings: the recipe, for its calibration.
+        learning: how, with the steps and rates of this stage.
+        seed: of the minibatches and of what is dropped.
+        finished: finished units; new ones are added.
+        report: called with progress as `stage`; finished units are reported as resumed.
+        stage: see `report`.
+        group: processes that share every minibatch.
+        storage: where tensors between units are kept.
+    """
+    names = [unit.name for unit in networks.units]
+    resumed = {name for index, name in enumerate(names) if unit_name(index) in finished}
+    return reconstruct(
         networks.original,
         student,
         networks.quantizers,
@@ -280,6 +302,7 @@ def _learned(
         calibration=settings.calibration,
         seed=seed,
         finished=finished,
-        log=log,
+        log=unit_log(report, stage, names, learning.steps if learning else 1, resumed),
+        group=group,
+        storage=storage,
     )
-    return student

@@ -21,6 +21,7 @@ from zsq.images.text_to_image import estimate, imagenet_names, load_pipeline, pa
 from zsq.models import Teacher
 from zsq.pictures import mode_of, prepare
 from zsq.progress import Progress
+from zsq.recipe import Recipe
 from zsq.state import State
 
 logger = logging.getLogger(__name__)
@@ -172,6 +173,10 @@ def prompt_records(prompts: list[Prompt], state: State) -> list[dict[str, Any]]:
     return [asdict(prompts[k]) for k in there]
 
 
-def plan_identity(prompts: list[Prompt]) -> str:
-    """A hash of the plan, so that a changed file of class names is another run."""
-    return hashlib.sha256(json.dumps([asdict(p) for p in prompts]).encode()).hexdigest()
+def plan_identity(graph: fx.GraphModule, teacher: Teacher, settings: Recipe, seed: int) -> dict[str, str]:
+    """What images depend on besides the settings: a hash of the prompts, which hold the content of a file."""
+    source = settings.synthesis
+    if not isinstance(source, TextToImage):
+        return {}
+    listed = [asdict(prompt) for prompt in prompts_of(graph, teacher, source, seed)]
+    return {"prompts_sha256": hashlib.sha256(json.dumps(listed).encode()).hexdigest()}
