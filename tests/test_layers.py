@@ -66,7 +66,8 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": GROUND | MODELS | SETTINGS | {"graph", "quant", "recover"},
     # Recipes are data: what they compose is parts of stages, never the flow.
     "recipes": GROUND | SETTINGS | {"graph", "quant", "images", "recover"},
-    "budget": GROUND | SETTINGS,
+    "image_budget": GROUND | SETTINGS,
+    "budget": GROUND | SETTINGS | {"image_budget"},
     "progress": set(),
     "student": GROUND | {"graph", "quant"},
     "files": {"errors", "paths"},

@@ -12,18 +12,17 @@ from zsq.budget import (
     FINE_TUNING_CLIP,
     FINE_TUNING_COUNTS,
     FINE_TUNING_FACTOR,
-    LARGE_BATCH,
     LARGE_FACTOR,
     MAX_LR_ROUNDING,
     MAX_REFINEMENT_FACTOR,
     MAX_SCALES_FACTOR_OF_2_BITS,
-    PIXEL_CLASS_WEIGHT,
     REFINEMENT_COUNTS,
     TRAVEL,
     TRAVEL_OF_4_BITS,
     with_budget,
 )
 from zsq.errors import UsageError
+from zsq.image_budget import LARGE_BATCH, PIXEL_CLASS_WEIGHT
 from zsq.images.generator_settings import GeneratorSynthesis
 from zsq.images.pixel_settings import PixelSynthesis
 from zsq.images.settings import Filter, LowPass, Synthesis

@@ -1,12 +1,11 @@
 """Budgets: images and steps together, for settings that a user did not give."""
 
-import math
 from dataclasses import replace
 
 from zsq.errors import UsageError
+from zsq.image_budget import GENERATOR_LR, LARGE_BATCH, large_generator, short_generator, short_pixels
 from zsq.images.generator_settings import GeneratorSynthesis
-from zsq.images.look_settings import Cosine
-from zsq.images.pixel_settings import Centres, PixelSynthesis
+from zsq.images.pixel_settings import PixelSynthesis
 from zsq.images.prompts import TextToImage
 from zsq.images.settings import Filter, Synthesis
 from zsq.recipe import Recipe, Reconstruction
@@ -43,22 +42,12 @@ TRAVEL, TRAVEL_OF_4_BITS = 4.0, 1.6
 MAX_LR_ROUNDING = 0.02
 # Factor, at most, of the rates of step sizes where activations have 2 bits: there they have far to go.
 MAX_SCALES_FACTOR_OF_2_BITS = 30.0
-# Published for images of more than 64 x 64 pixels: images an iteration, and the factor of the learning rate.
-LARGE_BATCH, LARGE_FACTOR = 16, 0.1
-# Of a generator: images that ranges are calibrated on, and factor of the steps on the teacher alone.
-LARGE_GENERATED, LARGE_WARM_UP = 320, 12.5
+LARGE_FACTOR = 0.1  # published for images of more than 64 x 64 pixels, of the learning rate of fine-tuning
 # Factor of the learning rate of so few steps of fine-tuning; ten times the published one diverges.
 FINE_TUNING_FACTOR = 3.0
 FINE_TUNING_CLIP = 1e-3  # share of the weights' norm that a step at that rate may be
 # Largest difficulty of a generator's images with hard labels: in so few steps it has not learned all classes.
 GENERATED_DIFFICULTY = 0.5
-# Of pixels, in so few steps that the published plateau is not reached, after which the rate falls from 0.5.
-PIXEL_LR = 0.1
-# Of the class loss of pixels, at most, in so few steps: at a larger one the statistics stay far away.
-PIXEL_CLASS_WEIGHT = 0.1
-# The same of a generator's images, as a share of the weight of the BatchNorm match; and its rate.
-GENERATED_CLASS_SHARE = 0.1
-GENERATOR_LR = 3e-3  # not of one that plays against the student
 # Images are refined over the same sum of learning rates as in the published steps, up to this factor.
 MAX_REFINEMENT_FACTOR = 20.0
 
@@ -78,12 +67,6 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
     Large inputs get 100 steps of synthesis in the quick budget too: with 50, imagenet_etinynet_1.0 at W8A8
     (72.2 in float, 500 images) had 68.0, 69.0 and 69.0 with seeds 0-2, with 100 70.4, 69.8 and 69.4.
 
-    Pixels have a rate of 0.1 on a cosine (`PixelSynthesis.cosine`) in place of 0.5 until the loss stays where
-    it is, which it does not in so few steps: pixels ended at up to five times black and white. Measured
-    on cifar10_resnet20s (92.9), 128 images of 150 steps, ranges of minima and maxima, nothing learned, W4A4,
-    1500 test images, seed 0: intraq 54.3 before and 83.3 now, hast 65.1 and 79.6, zeroq 86.1 and 85.2; with
-    the ranges of the calibration 87.5 and 90.7, 87.7 and 88.8, 88.9 and 88.6.
-
     The rate of fine-tuning is three times the published one. Measured on cifar10_resnet20, W3A3, 256
     synthetic images, 100 steps on 64 of them, distillation alone, 2000 test images, seed 0: with ranges of
     minima and maxima 62.8 before it, 74.1 at the published rate (1e-5), 77.5 at three times that, 9.8 at ten
@@ -95,37 +78,7 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
     13.4 and 47.8, distillation on real images 81.0 and 80.3. Where the rate is still too high it falls, see
     `FineTuning.undo_rise`.
 
-    Pixels start from noise with the spectrum and the shared colours of photographs (`start`), as so few steps
-    leave in them much of what they start from, and stay between black and white (`valid_pixels`), without
-    which their ranges of minima and maxima can be worse (cifar10_resnet20, W4A4, hast, weight 1, nothing
-    learned: 76.8, with it 86.2, from white noise 86.4). Their class loss has a weight of at most 0.1 (HAST
-    10), as it is followed at the cost of the statistics. Measured with distillation alone, 128 images of 150
-    steps, ranges of minima and maxima, 2000 test images, seed 0 (1):
-
-        start, highest weight          hast, W3A3 (10s)  hast, W3A3 (10)  hast, W4A4 (100)  intraq (10s)
-        white noise, 1                 43.0 (41.5)       66.2             41.5              69.8 (69.2)
-        natural, colours apart, 1      52.8 (36.9)       61.7             53.3              74.8 (74.7)
-        natural, colours apart, 0.1    63.3 (55.2)       -                56.2              79.7
-        natural, 1                     70.7              39.2             -                 80.1
-        natural, 0.1                   66.1 (71.5)       -                60.8              77.7
-        natural, 0.03                  44.0 (60.0)       -                61.5              -
-        natural, valid, 1              -                 77.5             -                 -
-        natural, valid, 0.1            77.6 (75.3)       75.3             62.5              -
-        real images                    78.8              -                62.6              78.8
-
-    (10s) is cifar10_resnet20s, on which all but the last setting was chosen, (10) cifar10_resnet20, which
-    showed the need of it, (100) cifar100_resnet20s.
-
-    A generator's class loss has at most a tenth of the weight of its BatchNorm match (GDFQ ten times as
-    much), and its rate is 3e-3 (published 1e-3), unless it plays against the student
-    (`Turns.adaptability`). Measured on cifar10_resnet20s, W3A3, quick budget, all test images, seed 0 (1):
-
-        class weight / BatchNorm weight, rate  gdfq   texq   adadfq
-        published, 1e-3                        41.7   46.3   30.3 (33.0)
-        0.3, 1e-3                              54.6   -      -
-        0.1, 1e-3                              51.5   54.2   46.4 (41.8)
-        0.1, 3e-3                              58.0   64.5   30.6 (42.9)
-        0.1, 1e-2                              48.2   -      -
+    What becomes of pixels and of generators, and why, is in `zsq.image_budget`.
 
     Of a generator's images, those have hard labels whose class the teacher finds at least as likely as not
     (SynQ's threshold): in so few steps it does not make each of many classes. cifar100_resnet20s, W4A4,
@@ -151,12 +104,12 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
     if isinstance(source, Synthesis):
         source = replace(source, num_images=num_images, steps=synthesis_steps)
     elif isinstance(source, PixelSynthesis):
-        source = _pixels(source, num_images, synthesis_steps, large)
+        source = short_pixels(source, num_images, synthesis_steps, large)
     elif isinstance(source, GeneratorSynthesis):
         turns = None if recipe.fine_tuning is None else recipe.fine_tuning.turns
         rate = source.lr if turns is not None and turns.adaptability is not None else GENERATOR_LR
         batch_size = FINE_TUNING_COUNTS[budget, large][2]
-        source = _generator(source, num_images, synthesis_steps, batch_size, rate, large)
+        source = short_generator(source, num_images, synthesis_steps, batch_size, rate, large)
     elif isinstance(source, TextToImage):
         kept_of_it = recipe.filter.chain[-1].keep if recipe.filter is not None else source.num_images
         source = replace(source, num_images=round(source.num_images * num_images / kept_of_it))
@@ -198,7 +151,7 @@ def with_budget(recipe: Recipe, budget: str, *, input_size: tuple[int, int, int]
 def _published_for_large(recipe: Recipe) -> Recipe:
     """The recipe, with what papers have for ImageNet where it holds what they have for CIFAR."""
     if isinstance(recipe.synthesis, GeneratorSynthesis):
-        recipe = replace(recipe, synthesis=_for_large(recipe.synthesis))
+        recipe = replace(recipe, synthesis=large_generator(recipe.synthesis))
     if recipe.fine_tuning is not None:
         recipe = replace(recipe, fine_tuning=_shortened(recipe.fine_tuning, "paper", True))
     return recipe
@@ -259,60 +212,6 @@ def _faster_scales(published: Reconstruction, steps: int, activation_bits: int |
         lr_weight_scale=round(published.lr_weight_scale * faster, 9),
         lr_activation_scale=round(published.lr_activation_scale * faster, 9),
     )
-
-
-def _pixels(published: PixelSynthesis, num_images: int, steps: int, large: bool) -> PixelSynthesis:
-    """At most so many images and steps a batch; the steps of the centres shrink in proportion.
-
-    Large centres are no more than there are images: of 1000 classes they would take 30 times their time.
-    """
-    steps = min(published.steps, steps)
-    num_images = min(published.num_images, num_images)
-    centres = _shorter_centres(published.centres, steps / published.steps)
-    if centres is not None and large:
-        centres = replace(centres, classes=min(num_images, centres.classes or num_images))
-    fewer, classes = steps < published.steps, published.classes
-    if fewer and published.cosine is None:
-        lr = min(published.lr, PIXEL_LR)
-        published = replace(published, lr=lr, cosine=Cosine(), start="natural", valid_pixels=True)
-    if fewer and classes is not None and published.bn is not None:
-        weight = min(classes.weight, PIXEL_CLASS_WEIGHT)
-        published = replace(published, classes=replace(classes, weight=weight))
-    return replace(published, num_images=num_images, steps=steps, centres=centres)
-
-
-def _generator(
-    published: GeneratorSynthesis, num_images: int, steps: int, batch_size: int, rate: float, large: bool
-) -> GeneratorSynthesis:
-    """At most so many images, steps and images a step (those of fine-tuning); fewer steps go at `rate`."""
-    source = _for_large(published) if large else published
-    if steps < source.steps:
-        most = GENERATED_CLASS_SHARE * source.bn.weight or math.inf
-        source = replace(
-            source,
-            lr=max(source.lr, rate),
-            class_weight=min(source.class_weight, most),
-            centres=_shorter_centres(source.centres, steps / source.steps),
-            steps=steps,
-        )
-    return replace(
-        source, num_images=min(source.num_images, num_images), batch_size=min(source.batch_size, batch_size)
-    )
-
-
-def _for_large(published: GeneratorSynthesis) -> GeneratorSynthesis:
-    """What GDFQ has for ImageNet: another generator, longer trained on the teacher, by smaller batches."""
-    return replace(
-        published,
-        condition="norms",
-        batch_size=LARGE_BATCH,
-        num_images=min(published.num_images, LARGE_GENERATED),
-        steps=round(published.steps * LARGE_WARM_UP),
-    )
-
-
-def _shorter_centres(centres: Centres | None, share: float) -> Centres | None:
-    return None if centres is None else replace(centres, steps=max(1, round(centres.steps * share)))
 
 
 def _plain(number: float) -> float:

@@ -13,7 +13,7 @@ Common to all pixels, and other than in the published codes:
 * Crops have real-valued boxes (the codes' have whole pixels).
 * Budgets with fewer steps have a rate of 0.1 on a cosine, a class loss of weight 0.1 at most, a start from
   noise with the spectrum of photographs (`PixelSynthesis.start`), pixels between black and white, and for
-  large inputs no more centres than images, see `zsq.budget.with_budget`.
+  large inputs no more centres than images, see `zsq.image_budget`.
 """
 
 from dataclasses import replace
