@@ -24,7 +24,8 @@ from zsq.images.gradients import (
 )
 from zsq.images.losses import InputStatistics
 from zsq.images.neighbours import find_neighbours, to_edge
-from zsq.images.refine import refine, refine_batch
+from zsq.images.refine import refine
+from zsq.images.refine_batch import refine_batch
 from zsq.images.settings import Filter, Refinement, Synthesis
 from zsq.images.synthesis_loss import SynthesisLoss
 from zsq.images.synthesize import synthesize

@@ -11,7 +11,7 @@ from quantization_networks import attached, images
 from student_networks import calibrated
 from torch import Tensor
 
-import zsq.images.refine as refine_module
+import zsq.images.refine_batch as refine_module
 import zsq.images.synthesize as synthesize_module
 import zsq.recover.learn_unit as learn_unit_module
 from zsq.images.batches import Batch
@@ -19,7 +19,7 @@ from zsq.images.forward import observe
 from zsq.images.gradients import gradient_probe
 from zsq.images.losses import InputStatistics
 from zsq.images.prior import InputPrior
-from zsq.images.refine import refine_batch
+from zsq.images.refine_batch import refine_batch
 from zsq.images.settings import Refinement, Synthesis
 from zsq.images.synthesis_loss import SynthesisLoss
 from zsq.images.synthesize import synthesize_batch
