@@ -336,6 +336,31 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, 0])  # type: ignore[no-any-return]
 
 
+class Positions(nn.Module):
+    """A layer embeds positions for every image anew; the class token reads the patches, as in CaiT.
+
+    The positions are written in place into a part of a tensor, within `no_grad`; the attention computes in
+    float32 within an autocast that is off.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.embed = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(2, 8, 1)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.norm, self.attn, self.head = nn.LayerNorm(8), Attention(8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            positions = torch.zeros(1, 2, 4, 4, device=x.device)
+            positions[:, 0] = torch.linspace(0, 1, 4)
+            positions[:, 1] = torch.linspace(0, 1, 4)[:, None]
+        x = self.patches(x) + self.embed(positions.expand(x.shape[0], -1, -1, -1))
+        x, token = x.flatten(2).transpose(1, 2), self.token.expand(x.shape[0], -1, -1)
+        with torch.autocast("cpu", enabled=False):
+            read = self.attn(self.norm(torch.cat((token, x), 1).to(torch.float32)))
+        return self.head((token + read[:, :1])[:, 0])  # type: ignore[no-any-return]
+
+
 class StandardisedConv(nn.Conv2d):
     """Weight standardisation: the weight that is used depends on parameters only."""
 
@@ -447,6 +472,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "pyramid": Pyramid,
     "gated": Gated,
     "transformer": Transformer,
+    "positions": Positions,
     "standardised": Standardised,
     "reused": Reused,
     "functional": Functional,

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from zsq.graph.capture import capture
 from zsq.graph.nodes import activations, aten, layer_name, module_path, output_nodes, weight_node
 from zsq.graph.tensors import device_of, get_tensor
+from zsq.quant.attach import attach
+from zsq.quant.scheme import Scheme
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -20,7 +22,10 @@ def test_computes_what_the_module_computes_for_any_batch_size(name: str) -> None
     for count in (1, 2, 5):
         x = images(count)
         found, wanted = outputs(graph_of(name), x.clone()), outputs(network(name), x.clone())
-        if name == "transformer":  # its fused attention is written out, which rounds otherwise
+        if name in (
+            "transformer",
+            "positions",
+        ):  # their fused attention is written out, which rounds otherwise
             torch.testing.assert_close(found, wanted)
         else:
             assert same(found, wanted)
@@ -218,3 +223,54 @@ def test_attention_of_torch_is_made_of_layers() -> None:
     graph = capture(module.requires_grad_(False), SIZE).graph
     names = [layer_name(n) for n in graph.nodes if weight_node(n) is not None]
     assert names == ["layer.self_attn", "layer.self_attn.out_proj", "layer.linear1", "layer.linear2", "fc"]
+
+
+def test_what_is_the_same_for_all_images_is_computed_once() -> None:
+    graph = graph_of("positions")
+    names = [layer_name(n) for n in graph.graph.nodes if weight_node(n) is not None]
+    assert names == ["patches", "attn.qkv", "attn.proj", "head"]  # and no layer of positions
+    (constant,) = (n for n in graph.graph.nodes if "constant_" in str(n.target))
+    assert get_tensor(graph, str(constant.target)).shape == (1, 8, 4, 4)
+    (expanded,) = constant.users
+    assert expanded.target is aten.expand.default and expanded not in activations(graph.graph)
+
+
+def per_image(net: Any, x: Tensor) -> Tensor:
+    """What is made for every image differs from image to image."""
+    order = torch.arange(x.shape[0], dtype=x.dtype, device=x.device)[:, None]
+    return net.fc(x.mean((2, 3))) + net.embed(order)  # type: ignore[no-any-return]
+
+
+def test_what_differs_between_images_is_not() -> None:
+    module = Broken(per_image)
+    module.fc, module.embed = nn.Linear(3, 2), nn.Linear(1, 2)
+    graph = capture(module.requires_grad_(False), SIZE)
+    for count in (1, 4):
+        assert same(outputs(graph, images(count)), outputs(module, images(count)))
+    student, quantizers = attach(graph, Scheme())
+    assert list(quantizers.weights) == ["linear"] and outputs(student, images(2))[0].shape == (2, 2)
+
+
+def counted(net: Any, x: Tensor) -> Tensor:
+    net.calls.add_(1)
+    return net.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_what_a_forward_writes_over_is_not_written_by_the_capture() -> None:
+    module = Broken(counted)
+    module.fc = nn.Linear(3, 2)
+    module.register_buffer("calls", torch.zeros(()))
+    capture(module.requires_grad_(False), SIZE)
+    assert float(module.get_buffer("calls")) == 1  # it is called once, to compare
+
+
+def reduced(net: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return net.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_reduced_precision_is_refused() -> None:
+    module = Broken(reduced)
+    module.fc = nn.Linear(3, 2)
+    text = message(lambda: capture(module.requires_grad_(False), SIZE))
+    assert "torch.bfloat16" in text and "enabled=False" in text

@@ -18,11 +18,12 @@ from zsq.graph.attention import write_out_attention
 from zsq.graph.cleanup import (
     accept_any_strides,
     flat_signature,
-    fold_constants,
+    inline_regions,
     remove_identities,
     remove_in_place,
     remove_unused,
 )
+from zsq.graph.constants import fold_constants
 from zsq.graph.tensors import device_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -56,13 +57,14 @@ def capture(module: nn.Module, input_size: tuple[int, int, int]) -> fx.GraphModu
             graph_module = program.module(check_guards=False)
     except Exception as error:  # torch.export raises dozens of unrelated classes
         raise UsageError(_explain(error, input_size)) from error
+    inline_regions(graph_module)
     graph_module = flat_signature(graph_module)
     remove_identities(graph_module)
+    write_out_attention(graph_module.graph)
+    fold_constants(graph_module)
     remove_in_place(graph_module)
     accept_any_strides(graph_module)
-    write_out_attention(graph_module.graph)
     remove_unused(graph_module)
-    fold_constants(graph_module)
     graph_module.graph.lint()
     graph_module.recompile()
     images = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
@@ -132,8 +134,8 @@ def _explain(error: Exception, input_size: tuple[int, int, int]) -> str:
     if "Constraints violated (batch)" in text:
         return (
             "The model cannot be captured: its forward depends on the number of images (a branch or loop "
-            "over x.shape[0], or a reshape that fixes it). zsq needs one forward for any batch size; write "
-            "x.flatten(1) or x.view(x.shape[0], -1)."
+            "over x.shape[0], len(x), or a reshape that fixes it). zsq needs one forward for any batch size; "
+            "write x.shape[0] for len(x), and x.flatten(1) or x.view(x.shape[0], -1)."
         )
     reason = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return (

@@ -8,8 +8,8 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from zsq.errors import UsageError
-from zsq.graph.nodes import LAYERS, activations, aten, module_path
-from zsq.graph.tensors import get_tensor, make_submodule
+from zsq.graph.nodes import aten
+from zsq.graph.tensors import device_of
 
 # Operations that return their first argument itself on a model in eval mode.
 IDENTITIES: frozenset[Any] = frozenset(
@@ -26,6 +26,52 @@ IDENTITIES: frozenset[Any] = frozenset(
         aten.detach.default,
     }
 )
+
+# Operations that do, where the tensor is of that type, on that device, already.
+CASTS: frozenset[Any] = frozenset(
+    {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
+)
+WITH_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+WITH_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
+
+
+def inline_regions(graph_module: fx.GraphModule) -> None:
+    """Write out what a forward has within `torch.no_grad()` and `torch.autocast(..., enabled=False)`.
+
+    Raises:
+        UsageError: a part of the model is computed in reduced precision.
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is WITH_AUTOCAST:
+            device, dtype, enabled, _, region, *inputs = node.args
+            if enabled and device == device_of(graph_module).type:
+                raise UsageError(
+                    f"The model computes a part of itself in {dtype} (torch.autocast in its forward), and "
+                    "zsq quantizes networks of float32. Take the autocast out, or give it enabled=False."
+                )
+        elif node.target is WITH_GRAD:
+            _, region, *inputs = node.args
+        else:
+            continue
+        part = getattr(graph_module, str(region.target))
+        inline_regions(part)
+        arguments = (n for n in part.graph.nodes if n.op == "placeholder")
+        values: dict[fx.Node, Any] = dict(zip(arguments, inputs, strict=True))
+        for inner in part.graph.nodes:
+            if inner.op == "output":
+                results = [values[n] for n in pytree.tree_leaves(inner.args[0])]
+            elif inner.op != "placeholder":
+                with graph.inserting_before(node):
+                    values[inner] = graph.node_copy(inner, values.__getitem__)
+                if inner.op == "get_attr":
+                    values[inner].target = f"{region.target}.{inner.target}"
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not region.users:
+            graph.erase_node(region)
 
 
 def flat_signature(exported: fx.GraphModule) -> fx.GraphModule:
@@ -84,6 +130,7 @@ def remove_identities(graph_module: fx.GraphModule) -> None:
         noop = node.target in IDENTITIES or (
             node.target is aten.slice.Tensor and _shape(node) is not None and _shape(node) == _shape(source)
         )
+        noop = noop or (node.target in CASTS and _kind(node) is not None and _kind(node) == _kind(source))
         if noop:
             node.replace_all_uses_with(source)
             graph_module.graph.erase_node(node)
@@ -92,6 +139,11 @@ def remove_identities(graph_module: fx.GraphModule) -> None:
 def _shape(node: fx.Node) -> tuple[str, ...] | None:
     value = node.meta.get("val")
     return tuple(map(str, value.shape)) if isinstance(value, Tensor) else None
+
+
+def _kind(node: fx.Node) -> tuple[torch.dtype, torch.device] | None:
+    value = node.meta.get("val")
+    return (value.dtype, value.device) if isinstance(value, Tensor) else None
 
 
 def accept_any_strides(graph_module: fx.GraphModule) -> None:
@@ -106,33 +158,3 @@ def remove_unused(graph_module: fx.GraphModule) -> None:
     for node in reversed(list(graph_module.graph.nodes)):
         if node.op == "call_function" and not node.users:
             graph_module.graph.erase_node(node)
-
-
-def fold_constants(graph_module: fx.GraphModule) -> None:
-    """Compute what depends on parameters only (standardised weights, position tables), as a buffer."""
-    graph = graph_module.graph
-    varying = set(activations(graph))
-    known: dict[fx.Node, Any] = {}  # tensors, and tuples of them
-    for node in list(graph.nodes):
-        if node in varying or node.op == "output":
-            continue
-        if node.op == "get_attr":
-            known[node] = get_tensor(graph_module, str(node.target))
-        elif node.op == "call_function" and all(a in known for a in node.all_input_nodes):
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
-            with torch.no_grad():
-                known[node] = node.target(*args, **kwargs)
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not isinstance(known.get(node), Tensor):
-            continue
-        if any(user not in known for user in node.users):
-            layer = next((u for u in node.users if u.target in LAYERS and u.args[1] is node), None)
-            path = module_path(layer) if layer is not None else ""
-            name = f"{path}.constant_{node.name}".lstrip(".")
-            owner, _, leaf = name.rpartition(".")
-            make_submodule(graph_module, owner).register_buffer(leaf, known[node].detach())
-            with graph.inserting_before(node):
-                constant = graph.get_attr(name)
-            constant.meta = dict(node.meta)
-            node.replace_all_uses_with(constant)
-    graph.eliminate_dead_code()

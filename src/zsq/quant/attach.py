@@ -77,7 +77,7 @@ def _attach_weights(student: fx.GraphModule, placement: Placement, *, symmetric:
     names: dict[str, str] = {}
     for node in list(student.graph.nodes):
         weight = weight_node(node)
-        if weight is None:
+        if weight is None or node.name not in placement.weights:  # its input does not depend on the images
             continue
         name = f"{weight.target}_quantizer"
         while name in names.values():  # a weight that several layers share
@@ -103,7 +103,7 @@ def _attach_activations(student: fx.GraphModule, placement: Placement) -> dict[s
     names: dict[str, str] = {}
     for tensor, bits in placement.activations.items():
         source, first = by_name[tensor], placement.shared.get(tensor, tensor)
-        name = f"activation_quantizers.{first}"
+        name = f"activation_quantizers.{first}" + "_" * hasattr(nn.Module, first)  # "to", "float" ...
         if first == tensor:
             student.add_submodule(name, ActivationQuantizer(bits=bits).to(device))
         for reader in placement.readers[tensor]:

@@ -256,8 +256,11 @@ def zero_padded(node: fx.Node) -> bool:
 
 
 def _identity_shortcuts(nodes: list[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
-    """Pairs (addition, operand) in which another operand depends on the operand's tensor through a layer."""
-    found = []
+    """Pairs (addition, operand) in which another operand depends on the operand's tensor through a layer.
+
+    Operands that do not depend on the images (the first state of a class token) are none.
+    """
+    found, varying = [], set(nodes)
     for node in nodes:
         if node.target not in ADDITIONS:
             continue
@@ -268,7 +271,7 @@ def _identity_shortcuts(nodes: list[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
             continue
         for operand, other in (operands, operands[::-1]):
             source, _ = through_moves(operand, node)
-            if operand is not other and _depends_through_layer(other, source):
+            if source in varying and operand is not other and _depends_through_layer(other, source):
                 found.append((node, operand))
     return found
 
