@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from graph_networks import NETWORKS, graph_of
 from graph_networks import SIZE as GRAPH_SIZE
 from quantization_networks import SIZE, Residual, Tokens, images, made
@@ -379,6 +381,61 @@ def test_a_difference_that_only_fusions_make_is_found(tmp_path: Path) -> None:
     codes.input[0] = unclipped.input[0]
     model.graph.node.remove(unclipped)
     assert first_difference(model.SerializeToString(), SessionOptions(), student, run.images) == "conv2d_1"
+
+
+class Features(nn.Module):
+    """Operations that are rare, each on the features of a convolution (4, 9, 7), stacked in the end."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.fc, self.operation = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5), operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.operation(self.conv(x))
+        return self.fc(y.expand(-1, 4, -1, -1).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+RARE: dict[str, Callable[[Tensor], Tensor]] = {
+    "normalize": lambda x: F.normalize(x, dim=1),
+    "norm of order 1": lambda x: torch.linalg.vector_norm(x, 1, dim=(2, 3), keepdim=True),
+    "largest": lambda x: torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True),
+    "variance": lambda x: x.var(dim=(2, 3), keepdim=True),
+    "biased variance": lambda x: x.var(dim=1, unbiased=False, keepdim=True),
+    "corrected variance": lambda x: torch.var(x, dim=(1, 2), correction=2, keepdim=True),
+    "addcmul": lambda x: torch.addcmul(x, x, x.sigmoid(), value=0.5),
+    "expand_as": lambda x: x + x.amax((2, 3), keepdim=True).expand_as(x),
+    "bicubic": lambda x: F.interpolate(x, size=(13, 15), mode="bicubic"),
+    "bicubic to the corners": lambda x: F.interpolate(x, scale_factor=2, mode="bicubic", align_corners=True),
+    "adaptive mean": lambda x: F.adaptive_avg_pool2d(x, (4, 5)),
+    "adaptive maximum": lambda x: F.adaptive_max_pool2d(x, (3, 1)),
+    "waves": lambda x: x.sin() + x.cos().square() + (x.abs() + 1).reciprocal(),
+    "log_softmax": lambda x: F.log_softmax(x, 1),
+}
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_rare_operations(name: str, tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Features(RARE[name]).eval().requires_grad_(False)
+    export = exported(run_of(capture(network, (3, 9, 7)), "W4A4", torch.randn(8, 3, 9, 7)), tmp_path)
+    assert worst(export) < FLOAT and export.verification.session == SessionOptions()
+
+
+@pytest.mark.parametrize(
+    "operation, expected",
+    [
+        (lambda x: torch.linalg.vector_norm(x, 3, dim=1, keepdim=True), "order 3"),
+        (lambda x: x.var(dim=0, keepdim=True) + x, "over the batch"),
+        (lambda x: F.adaptive_max_pool2d(x, 2), "needs a divisor"),
+    ],
+)
+def test_rare_operations_that_have_no_form(
+    operation: Callable[[Tensor], Tensor], expected: str, tmp_path: Path
+) -> None:
+    graph = capture(Features(operation).eval().requires_grad_(False), (3, 9, 7))
+    run = run_of(graph, "W4A4", torch.randn(8, 3, 9, 7))
+    assert expected in message(lambda: exported(run, tmp_path)) and not list(tmp_path.iterdir())
 
 
 def test_unknown_operations_are_named(tmp_path: Path) -> None:

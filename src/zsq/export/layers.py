@@ -217,14 +217,34 @@ def _pool(
 
 
 def adaptive_avg_pool(b: Builder, node: fx.Node, x: Any, size: Any) -> Any:
-    """aten.adaptive_avg_pool2d onto sizes that divide the input's."""
+    """aten.adaptive_avg_pool2d; onto sizes that do not divide the input's as products with matrices."""
     before, after = _shape_of(node, 0)[-2:], node.meta["shape"][-2:]
     if tuple(after) == (1, 1):
         return b.op("GlobalAveragePool", x, name=node.name)
     if any(h % k for h, k in zip(before, after, strict=True)):
-        raise UsageError(f"The pool {node.name} maps {before} onto {after}; ONNX needs a divisor.")
+        rows, columns = (_averages(h, k) for h, k in zip(before, after, strict=True))
+        x = b.op("MatMul", x, b.tensor(columns.T, f"{node.name}.columns"), name=f"{node.name}.narrow")
+        return b.op("MatMul", b.tensor(rows, f"{node.name}.rows"), x, name=node.name)
     kernel = [h // k for h, k in zip(before, after, strict=True)]
     return b.op("AveragePool", x, name=node.name, kernel_shape=kernel, strides=kernel)
+
+
+def adaptive_max_pool(b: Builder, node: fx.Node, x: Any, size: Any) -> Any:
+    """aten.adaptive_max_pool2d onto sizes that divide the input's; the places of the maxima are left out."""
+    before, after = _shape_of(node, 0)[-2:], node.meta["shape"][0][-2:]
+    if any(h % k for h, k in zip(before, after, strict=True)):
+        raise UsageError(f"The pool {node.name} maps {before} onto {after}; ONNX needs a divisor.")
+    kernel = [h // k for h, k in zip(before, after, strict=True)]
+    return b.op("MaxPool", x, name=node.name, kernel_shape=kernel, strides=kernel), None
+
+
+def _averages(size: int, onto: int) -> Tensor:
+    """(onto, size): output i is the mean of positions floor(i size / onto) to ceil((i + 1) size / onto)."""
+    found = torch.zeros(onto, size)
+    for i in range(onto):
+        start, stop = i * size // onto, -(-(i + 1) * size // onto)
+        found[i, start:stop] = 1 / (stop - start)
+    return found
 
 
 def resize_nearest(b: Builder, node: fx.Node, x: Any, *_: Any) -> Any:
@@ -238,6 +258,12 @@ def resize_bilinear(b: Builder, node: fx.Node, x: Any, _: Any, align_corners: bo
     """aten.upsample_bilinear2d."""
     form = "align_corners" if align_corners else "half_pixel"
     return _resize(b, node, x, mode="linear", coordinate_transformation_mode=form)
+
+
+def resize_bicubic(b: Builder, node: fx.Node, x: Any, _: Any, align_corners: bool, *__: Any) -> Any:
+    """aten.upsample_bicubic2d, whose kernel has the coefficient -0.75."""
+    form = "align_corners" if align_corners else "half_pixel"
+    return _resize(b, node, x, mode="cubic", coordinate_transformation_mode=form, cubic_coeff_a=-0.75)
 
 
 def _resize(b: Builder, node: fx.Node, x: Any, **attributes: Any) -> Any:

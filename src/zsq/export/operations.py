@@ -52,6 +52,44 @@ def _reduction(kind: str) -> Emitter:
     return emit
 
 
+def _vector_norm(
+    b: Builder, node: fx.Node, x: Any, order: float = 2, dim: Any = None, keepdim: bool = False, *_: Any
+) -> Any:
+    """Norms of order 1, 2 and infinity."""
+    if math.isinf(order) and order > 0:
+        x, kind = b.op("Abs", x, name=f"{node.name}.abs"), "ReduceMax"
+    elif order in (1, 2):
+        kind = f"ReduceL{int(order)}"
+    else:
+        raise UsageError(
+            f"The norm {node.name} is of order {order}, which cannot be exported; 1, 2, inf can."
+        )
+    return _reduction(kind)(b, node, x, dim, keepdim)
+
+
+def _variance(b: Builder, node: fx.Node, x: Any, dim: Any, correction: Any, keepdim: bool) -> Any:
+    """Mean square of what a tensor is above its mean, with `correction` fewer degrees of freedom."""
+    shape = node.args[0].meta["shape"]  # type: ignore[union-attr]
+    sizes = [shape[axis] for axis in (as_integers(dim) if dim not in (None, []) else range(len(shape)))]
+    if None in sizes:
+        raise UsageError(f"The variance {node.name} is over the batch, which cannot be exported.")
+    count, axes = math.prod(sizes), b.integers(as_integers(dim))
+    mean = b.op("ReduceMean", x, axes, name=f"{node.name}.mean", keepdims=1)
+    above = b.op("Sub", x, mean, name=f"{node.name}.above")
+    square = b.op("Mul", above, above, name=f"{node.name}.square")
+    biased = b.op("ReduceMean", square, axes, name=f"{node.name}.biased", keepdims=int(keepdim))
+    freedom = count - (1 if correction is None else float(correction))
+    return b.op("Mul", biased, b.number(count / freedom), name=node.name)
+
+
+def _addcmul(b: Builder, node: fx.Node, x: Any, first: Any, second: Any, value: float = 1) -> Any:
+    """x + value first second."""
+    product = b.op("Mul", first, second, name=f"{node.name}.product")
+    if value != 1:
+        product = b.op("Mul", product, b.number(value), name=f"{node.name}.scaled")
+    return b.op("Add", x, product, name=node.name)
+
+
 def _clamp(b: Builder, node: fx.Node, x: Any, low: Any = None, high: Any = None) -> Any:
     """A Clip; in an exact file Max and Min, since ONNX Runtime does not load a Clip before 4-bit codes."""
     if not b.exact:
@@ -91,6 +129,10 @@ def _prelu(b: Builder, node: fx.Node, x: Any, slope: Any) -> Any:
 
 def _softmax(b: Builder, node: fx.Node, x: Any, dim: int, *_: Any) -> Any:
     return b.op("Softmax", x, name=node.name, axis=dim)
+
+
+def _log_softmax(b: Builder, node: fx.Node, x: Any, dim: int, *_: Any) -> Any:
+    return b.op("LogSoftmax", x, name=node.name, axis=dim)
 
 
 def _attention(
@@ -137,6 +179,8 @@ EMITTERS: dict[Any, Emitter] = {
     aten.adaptive_avg_pool2d.default: layers.adaptive_avg_pool,
     aten.upsample_nearest2d.vec: layers.resize_nearest,
     aten.upsample_bilinear2d.vec: layers.resize_bilinear,
+    aten.upsample_bicubic2d.vec: layers.resize_bicubic,
+    aten.adaptive_max_pool2d.default: layers.adaptive_max_pool,
     # nonlinearities
     aten.relu.default: _plain("Relu"),
     aten.relu6.default: lambda b, node, x: _clamp(b, node, x, 0.0, 6.0),
@@ -156,6 +200,7 @@ EMITTERS: dict[Any, Emitter] = {
     aten.softplus.default: _plain("Softplus"),
     aten.tanh.default: _plain("Tanh"),
     aten.softmax.int: _softmax,
+    aten.log_softmax.int: _log_softmax,
     # arithmetic
     aten.add.Tensor: _binary("Add"),
     aten.sub.Tensor: _binary("Sub"),
@@ -174,10 +219,20 @@ EMITTERS: dict[Any, Emitter] = {
     aten.erf.default: _plain("Erf"),
     aten.abs.default: _plain("Abs"),
     aten.neg.default: _plain("Neg"),
+    aten.sin.default: _plain("Sin"),
+    aten.cos.default: _plain("Cos"),
+    aten.reciprocal.default: _plain("Reciprocal"),
+    aten.square.default: lambda b, node, x: b.op("Mul", x, x, name=node.name),
     aten.mean.dim: _reduction("ReduceMean"),
     aten.sum.dim_IntList: _reduction("ReduceSum"),
     aten.amax.default: _reduction("ReduceMax"),
     aten.amin.default: _reduction("ReduceMin"),
+    aten.linalg_vector_norm.default: _vector_norm,
+    aten.var.dim: lambda b, node, x, dim, unbiased, keepdim: _variance(
+        b, node, x, dim, int(unbiased), keepdim
+    ),
+    aten.var.correction: _variance,
+    aten.addcmul.default: _addcmul,
     # shape
     **dict.fromkeys(
         (
@@ -206,6 +261,7 @@ EMITTERS: dict[Any, Emitter] = {
     aten.cat.default: shapes.cat,
     aten.stack.default: shapes.stack,
     aten.expand.default: shapes.expand,
+    aten.expand_as.default: shapes.expand,
     aten.pixel_shuffle.default: shapes.pixel_shuffle,
     aten.contiguous.default: shapes.identity,
     aten.clone.default: shapes.identity,
