@@ -409,6 +409,9 @@ RARE: dict[str, Callable[[Tensor], Tensor]] = {
     "adaptive mean": lambda x: F.adaptive_avg_pool2d(x, (4, 5)),
     "adaptive maximum": lambda x: F.adaptive_max_pool2d(x, (3, 1)),
     "waves": lambda x: x.sin() + x.cos().square() + (x.abs() + 1).reciprocal(),
+    "repeated rows": lambda x: x.repeat_interleave(3, 2),
+    "repeated images": lambda x: x.repeat_interleave(2, 0).unflatten(0, (x.shape[0], 2)).mean(1),
+    "shape of another": lambda x: x.flatten(2).reshape_as(x) + x.flatten(1).view_as(x),
     "log_softmax": lambda x: F.log_softmax(x, 1),
 }
 

@@ -238,6 +238,8 @@ EMITTERS: dict[Any, Emitter] = {
         (
             aten.view.default,
             aten.reshape.default,
+            aten.reshape_as.default,
+            aten.view_as.default,
             aten.flatten.using_ints,
             aten.unflatten.int,
             aten.squeeze.default,
@@ -260,6 +262,7 @@ EMITTERS: dict[Any, Emitter] = {
     aten.unbind.int: shapes.unbind,
     aten.cat.default: shapes.cat,
     aten.stack.default: shapes.stack,
+    aten.repeat_interleave.self_int: shapes.repeat_interleave,
     aten.expand.default: shapes.expand,
     aten.expand_as.default: shapes.expand,
     aten.pixel_shuffle.default: shapes.pixel_shuffle,

@@ -114,6 +114,18 @@ def expand(b: Builder, node: fx.Node, x: Any, *_: Any) -> Any:
     return b.op("Expand", x, size, name=node.name)
 
 
+def repeat_interleave(b: Builder, node: fx.Node, x: Any, repeats: int, dim: Any = None, *_: Any) -> Any:
+    """aten.repeat_interleave: every element of an axis so many times in a row."""
+    rank = len(node.meta["shape"])
+    if dim is None:
+        raise UsageError(f"The operation {node.name} repeats a flattened tensor, which cannot be exported.")
+    after = dim % rank + 1
+    wider = b.op("Unsqueeze", x, b.integers([after]), name=f"{node.name}.wider")
+    times = b.integers([repeats if axis == after else 1 for axis in range(rank + 1)])
+    repeated = b.op("Tile", wider, times, name=f"{node.name}.repeated")
+    return reshape_to(b, repeated, node.meta["shape"], node.name)
+
+
 def identity(b: Builder, node: fx.Node, x: Any, *_: Any) -> Any:
     """What copies."""
     return x
