@@ -13,7 +13,7 @@ import importlib
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +125,13 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing, and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("networks", nargs="*", help="names of timm; the list in this file if none are given")
     parser.add_argument("--rows", type=Path, default=Path("runs/families/rows.jsonl"))
     parser.add_argument("--write", type=Path, help="Markdown file to write the table to")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT.parent / "tests"))
     timm = importlib.import_module("timm_shim").import_timm()
     options.rows.parent.mkdir(parents=True, exist_ok=True)

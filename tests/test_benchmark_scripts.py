@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -145,3 +146,19 @@ def test_processes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert "| median | 0.900 | 0.500 | 0.90 |" in processes.table([{1: 0.9, 2: 0.5}, {1: 0.9, 2: 0.5}])
     with pytest.raises(SystemExit, match="no-such-model"):
         processes.main(["no-such-model", "--steps", "1", "2", "--turns", "1"])
+
+
+def test_families(timm: ModuleType, tmp_path: Path) -> None:
+    """A network that is exported and one that is refused, each measured once."""
+    import families
+
+    rows, file = tmp_path / "rows.jsonl", tmp_path / "table.md"
+    refused = {"network": "other", "parameters": 2e6, "error": "It draws random numbers."}
+    rows.write_text(json.dumps(refused) + "\n")
+    for _ in range(2):
+        families.main(["test_byobnet", "other", "--rows", str(rows), "--write", str(file)])
+    (_, row) = map(json.loads, rows.read_text().splitlines())
+    assert row["network"] == "test_byobnet" and row["layers"] == 23 and row["units"] == 6
+    assert row["decibels"] > 20 and row["relative_error"] < 0.02 and row["bytes"] < row["parameters"] * 2
+    text = file.read_text()
+    assert "1 of 2 networks" in text and "| other | 2.0 | – |" in text and "* other: It draws" in text
