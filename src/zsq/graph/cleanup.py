@@ -156,5 +156,5 @@ def accept_any_strides(graph_module: fx.GraphModule) -> None:
 def remove_unused(graph_module: fx.GraphModule) -> None:
     """Remove what nothing reads, also assertions on metadata, which fx keeps."""
     for node in reversed(list(graph_module.graph.nodes)):
-        if node.op == "call_function" and not node.users:
+        if node.op in ("call_function", "get_attr") and not node.users:
             graph_module.graph.erase_node(node)

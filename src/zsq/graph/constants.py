@@ -33,7 +33,7 @@ def fold_constants(graph_module: fx.GraphModule) -> None:
         elif node.op == "get_attr":
             tensor = get_tensor(graph_module, str(node.target))
             known[node] = tensor.clone() if written else tensor
-        elif node.op == "call_function" and all(a in known for a in node.all_input_nodes):
+        elif _counts(node) and all(a in known for a in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
             with torch.no_grad():
                 known[node] = node.target(*args, **kwargs)
@@ -43,7 +43,7 @@ def fold_constants(graph_module: fx.GraphModule) -> None:
         value = known.get(node)
         if node.op != "call_function" or not isinstance(value, Tensor):
             continue
-        if all(user in known for user in node.users):
+        if all(user in known or not (_counts(user) or user.op == "output") for user in node.users):
             continue
         axis = None
         if node in of_batch:
@@ -60,6 +60,11 @@ def fold_constants(graph_module: fx.GraphModule) -> None:
     for node in reversed(list(graph.nodes)):
         if node in known and not node.users:
             graph.erase_node(node)
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether an operation is read or writes in place: no assertion, for one."""
+    return node.op == "call_function" and (bool(node.users) or _writes(node))
 
 
 def _writes(node: fx.Node) -> bool:
