@@ -482,6 +482,6 @@ def test_files_of_this_repository_are_well_formed(monkeypatch: pytest.MonkeyPatc
                     assert isinstance(settings.synthesis, GivenImages) == entry.images
                     assert network.images is not None or not entry.images
     bits_of = {network.name: network.bits for network in benches["genie"].networks}
-    assert bits_of["cifar10_resnet20"] == ("W4A4", "W3A3", "W2A4", "W2A2")  # its own
+    assert bits_of["imagenet_etinynet_1.0"] == ("W4A8", "W4A4", "W3A3", "W2A4")  # its own
     assert bits_of["cifar100_resnet20s"] == ("W4A4", "W3A3", "W2A4")  # those of the file
     assert {network.bits for network in benches["w8a8"].networks} == {("W8A8",)}
