@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -17,6 +17,7 @@ from zsq.out_of_memory import in_chunks, no_room
 from zsq.quant.attach import Quantizers
 from zsq.recover.network_outputs import Observed, looked_at
 from zsq.recover.settings import FineTuning
+from zsq.recover.standing import Standing
 from zsq.recover.trainee import load_trainee, put_up, trainee_state
 from zsq.recover.tuning_step import Step, Views
 from zsq.recover.turns import Minibatch, of_generator, of_images
@@ -26,7 +27,6 @@ from zsq.rng import rng_for
 PIECE = "fine-tuning"  # under which the state after the last finished epoch is kept
 GENERATOR = "generator/"  # before the names of a generator's tensors in it
 LOGS_AN_EPOCH = 2
-RETREAT = 3.0  # by which the learning rate is divided after an epoch that was undone
 PROBES = 4  # minibatches that tell the loss before training
 MAX_RETREATS = 5  # of a run; after them the loss may rise
 Finished = MutableMapping[str, dict[str, Tensor]]
@@ -141,29 +141,23 @@ def fine_tune(
             if generator is not None:
                 generator.load(_without(to, GENERATOR))
 
-        history: list[dict[str, float]] = []
-        done, retreats = 0, 0
+        standing = Standing() if piece is None else Standing.read(piece)
         if piece is not None:
             go_back(piece)
-            done, retreats = int(piece["epochs"]), int(piece["retreats"])
-            history = [_numbers(piece, "first."), _numbers(piece, "last.")]
         good = state()
-        if generator is None and done < settings.epochs:
+        if generator is None and standing.epochs < settings.epochs:
             step.remember(images, labels)
+        if generator is None and piece is None:
+            rng = rng_for(seed, PIECE, "began")
+            probes = islice(of_images(images, labels, settings.batch_size, rng), PROBES)
+            standing = replace(standing, began=tuple(step.loss(probe, rng) for probe in probes))
 
         steps = settings.epochs * settings.iterations
         advice = f"Lower fine_tuning.lr (now {settings.lr:g}). {AGAIN}"
         if generator is not None:
             advice = f"{generator_advice(generator.settings)} Or: {advice}"
-        if piece is not None:
-            began = piece["began"].tolist()
-        elif generator is not None:
-            began = []
-        else:
-            rng = rng_for(seed, PIECE, "began")
-            probes = islice(of_images(images, labels, settings.batch_size, rng), PROBES)
-            began = [step.loss(probe, rng) for probe in probes]
-        while done < settings.epochs:
+        while standing.epochs < settings.epochs:
+            done = standing.epochs
             rng = rng_for(seed, PIECE, done)
             if generator is None:
                 batches = of_images(images, labels, settings.batch_size, rng)
@@ -178,29 +172,21 @@ def fine_tune(
                     group=group,
                 )
             watch = Watch("Fine-tuning", advice, steps=steps, device=images.device, group=group)
-            exhausted = retreats == MAX_RETREATS
+            exhausted = standing.retreats == MAX_RETREATS
             free = exhausted or generator is not None  # whose images may become harder
-            rate, known = lr_at(done, settings) / RETREAT**retreats, [] if free else began
+            rate, known = lr_at(done, settings) * standing.lr_factor, () if free else standing.began
             means, risen = _epoch(step, batches, done, rate, rng, log, watch, known)
             if watch.first() is not None and exhausted:
                 watch.check()
             if risen or watch.first() is not None:
-                retreats += 1
+                standing = replace(standing, retreats=standing.retreats + 1)
                 go_back(good)
                 continue
-            done += 1
-            history = [*history[:1], means]
+            standing = standing.after(means)
             good = state()
-            finished[PIECE] = {
-                **good,
-                "epochs": torch.tensor(done),
-                "retreats": torch.tensor(retreats),
-                "began": torch.tensor(began, dtype=torch.float64),
-                **_tensors(history[0], "first."),
-                **_tensors(means, "last."),
-            }
+            finished[PIECE] = {**good, **standing.tensors()}
     trainee.harden(student)
-    return FineTuningResult(settings.epochs, history[0], history[-1], RETREAT**-retreats)
+    return FineTuningResult(settings.epochs, standing.first, standing.last, standing.lr_factor)
 
 
 def _epoch(
@@ -211,7 +197,7 @@ def _epoch(
     rng: torch.Generator,
     log: Log,
     watch: Watch,
-    began: list[float],
+    began: Sequence[float],
 ) -> tuple[dict[str, float], bool]:
     """The steps of one epoch, up to where its loss is found to have risen, or not to be finite.
 
@@ -239,7 +225,7 @@ def _epoch(
     return means, risen
 
 
-def _highest(began: list[float], steps: int, rise: float) -> float:
+def _highest(began: Sequence[float], steps: int, rise: float) -> float:
     """Mean loss over so many steps that is no more than a rise by a share, and three standard errors."""
     mean = statistics.fmean(began)
     error = statistics.stdev(began) * math.sqrt(1 / len(began) + 1 / steps)
@@ -269,12 +255,3 @@ def _prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _without(piece: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Those tensors whose names have the prefix, without it."""
     return {name.removeprefix(prefix): t for name, t in piece.items() if name.startswith(prefix)}
-
-
-def _numbers(piece: dict[str, Tensor], prefix: str) -> dict[str, float]:
-    order = sorted((name for name in piece if name.startswith(prefix)), key=lambda n: n != f"{prefix}loss")
-    return {name.removeprefix(prefix): float(piece[name]) for name in order}
-
-
-def _tensors(numbers: dict[str, float], prefix: str) -> dict[str, Tensor]:
-    return {f"{prefix}{name}": torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
