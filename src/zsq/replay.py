@@ -5,7 +5,7 @@ than the device to run. Elsewhere than on CUDA a step is called as it is.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -125,6 +125,34 @@ class Replay:
                 return tuple(t.detach() for t in self._step())
             finally:
                 graph.capture_end()
+
+
+def replayed(
+    step: Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]],
+    course: Course,
+    device: torch.device,
+    *,
+    generators: Sequence[torch.Generator] = (),
+) -> Callable[[], dict[str, Tensor]]:
+    """Steps along a course: each call is the next one, and returns what `step` did.
+
+    Args:
+        step: takes its row of the course and its number (scalar, int64, on the device), returns tensors by
+            name, the same names in every step; otherwise as for `Replay`.
+        course: of all that changes from step to step.
+        device: as for `Replay`.
+        generators: as for `Replay`.
+    """
+    names: list[str] = []
+
+    def next_one() -> tuple[Tensor, ...]:
+        found = step(course.row(), course.step)
+        names[:] = found
+        course.advance()
+        return tuple(found.values())
+
+    replay = Replay(next_one, device, generators=generators)
+    return lambda: dict(zip(names, replay(), strict=True))
 
 
 def can_record(device: torch.device) -> bool:

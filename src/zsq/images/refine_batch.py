@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from zsq.images.settings import Refinement
 from zsq.images.synthesis_loss import SynthesisLoss
 from zsq.images.views import Shifts, draw_shifts
 from zsq.kernels import computing_in
-from zsq.replay import Course, Replay, can_record
+from zsq.replay import Course, can_record, replayed
 
 SMALLEST_LOSS = 1e-6  # that another is divided by
 
@@ -221,17 +221,12 @@ def _recorded(
     learn: Step, course: Course, of_generator: dict[str, Tensor | float], watch: Watch, device: torch.device
 ) -> Callable[[], dict[str, Tensor]]:
     """The steps of `refine_batch`, with all that changes from one to the next on the device."""
-    names: list[str] = []
     rate = of_generator["lr"] = torch.zeros((), device=device)
 
-    def learn_next() -> tuple[Tensor, ...]:
-        row = course.row()
+    def learn_next(row: Mapping[str, Tensor], step: Tensor) -> dict[str, Tensor]:
         rate.copy_(row["rates"])
         values = learn(row.get("starts"), row.get("shifts"))
-        names[:] = values
-        watch.see(course.step, [values["loss"]])
-        course.advance()
-        return tuple(values.values())
+        watch.see(step, [values["loss"]])
+        return values
 
-    replay = Replay(learn_next, device)
-    return lambda: dict(zip(names, replay(), strict=True))
+    return replayed(learn_next, course, device)

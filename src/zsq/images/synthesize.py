@@ -41,7 +41,7 @@ from zsq.images.variety import draw_looks
 from zsq.images.views import Shifts, draw_shifts, swing
 from zsq.kernels import computing_in, reproducible
 from zsq.out_of_memory import no_room
-from zsq.replay import Course, Replay, can_record
+from zsq.replay import Course, can_record, replayed
 from zsq.rng import rng_for
 
 Finished = MutableMapping[str, dict[str, Tensor]]
@@ -201,7 +201,6 @@ def synthesize_batch(
         return {"loss": loss, **found}
 
     of_latents, of_generator = optimizer.param_groups
-    names: list[str] = []
     recorded = None
     if can_record(device):
         drawn = [draw_shifts(num_swinging, rng) for _ in range(settings.steps if settings.swing else 0)]
@@ -213,20 +212,17 @@ def synthesize_batch(
         for group in optimizer.param_groups:
             group["lr"] = torch.zeros((), device=device)
 
-        def learn_next() -> tuple[Tensor, ...]:
-            row = course.row()
+        def learn_next(row: Mapping[str, Tensor], step: Tensor) -> dict[str, Tensor]:
             of_latents["lr"].copy_(plateau.lr * row["rates"][0])
             of_generator["lr"].copy_(row["rates"][1])
             losses = learn(row.get("shifts", still))
-            names[:] = losses
-            watch.see(course.step, [losses["loss"]])
-            course.advance()
-            return tuple(losses.values())
+            watch.see(step, [losses["loss"]])
+            return losses
 
-        recorded = Replay(learn_next, device)
+        recorded = replayed(learn_next, course, device)
     for step in range(settings.steps):
         if recorded is not None:
-            losses = dict(zip(names, recorded(), strict=True))
+            losses = recorded()
         else:
             losses = learn(draw_shifts(num_swinging, rng) if settings.swing else still)
             watch.see(step, [losses["loss"]])

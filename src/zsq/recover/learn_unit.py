@@ -22,7 +22,7 @@ from zsq.recover.losses import output_distance
 from zsq.recover.storage import MEMORY, Storage
 from zsq.recover.unit_maps import UnitMaps
 from zsq.recover.unit_tensors import take
-from zsq.replay import Course, Replay, can_record
+from zsq.replay import Course, can_record, replayed
 
 RELEASE_EVERY = 16  # steps after which what was read of files leaves memory
 
@@ -149,7 +149,7 @@ def learn_unit(
     with dropping(part, settings.drop_prob, draw, rows), no_room(advice):
         for step in range(settings.steps):
             if recorded is not None:
-                loss, distance = recorded()
+                loss, distance = recorded().values()
             else:
                 for number, lr in of_scales.items():
                     optimizer.param_groups[number]["lr"] = lr * _cosine(step, settings)
@@ -199,7 +199,7 @@ def _recorded(
     device: torch.device,
     draw: torch.Generator,
     watch: Watch,
-) -> Replay:
+) -> Callable[[], dict[str, Tensor]]:
     """The steps of `learn_unit`, with all that changes from one to the next on the device."""
     exponents = [beta_at(step, settings) for step in range(settings.steps)]
     rates = [[lr * _cosine(step, settings) for lr in of_scales.values()] for step in range(settings.steps)]
@@ -213,16 +213,14 @@ def _recorded(
     for number in of_scales:
         optimizer.param_groups[number]["lr"] = torch.zeros((), device=device)
 
-    def learn_next() -> tuple[Tensor, Tensor]:
-        row = course.row()
+    def learn_next(row: Mapping[str, Tensor], step: Tensor) -> dict[str, Tensor]:
         for number, rate in zip(of_scales, row["rates"].unbind(), strict=True):
             optimizer.param_groups[number]["lr"].copy_(rate)
-        losses = learn(row["index"], row["beta"], row["gate"])
-        watch.see(course.step, losses[:1])
-        course.advance()
-        return losses
+        loss, distance = learn(row["index"], row["beta"], row["gate"])
+        watch.see(step, [loss])
+        return {"loss": loss, "distance": distance}
 
-    return Replay(learn_next, device, generators=[draw])
+    return replayed(learn_next, course, device, generators=[draw])
 
 
 def beta_at(step: int, settings: Reconstruction) -> float | None:
