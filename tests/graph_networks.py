@@ -336,6 +336,23 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, 0])  # type: ignore[no-any-return]
 
 
+class LinearAttention(nn.Module):
+    """Products without softmax, divided by queries times the sum of the keys, as in EfficientViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.qkv, self.proj = conv(3, 8, 3, 4), nn.Conv2d(8, 24, 1), nn.Conv2d(8, 8, 1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        q, k, v = self.qkv(x).flatten(2).transpose(1, 2).chunk(3, 2)
+        q, k, v = F.relu(q), F.relu(k), F.pad(v, (0, 1), value=1.0)
+        y = q @ (k.transpose(1, 2) @ v)
+        y = (y[..., :-1] / (y[..., -1:] + 1e-15)).transpose(1, 2).unflatten(2, x.shape[2:])
+        return self.fc((x + self.proj(y)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
 class Positions(nn.Module):
     """A layer embeds positions for every image anew; the class token reads the patches, as in CaiT.
 
@@ -472,6 +489,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "pyramid": Pyramid,
     "gated": Gated,
     "transformer": Transformer,
+    "linear_attention": LinearAttention,
     "positions": Positions,
     "standardised": Standardised,
     "reused": Reused,

@@ -95,6 +95,20 @@ def test_all_operands_of_products_are_quantized() -> None:
     assert not place(graph, Scheme(activation_bits=None)).activations
 
 
+@pytest.mark.parametrize("placement", ["research", "engine"])
+def test_what_is_divided_by_stays_in_float(placement: str) -> None:
+    """In linear attention a product of rounded operands can be 0, and the quotient anything."""
+    graph = graph_of("linear_attention")
+    student, quantizers = attach(graph, Scheme(placement=placement))
+    calibrate(student, [images(8)], Calibration(num_images=8))
+    products = [n for n in student.graph.nodes if n.target in PRODUCTS]
+    assert len(products) == 2
+    assert not any(a.op == "call_module" for n in products for a in n.all_input_nodes)
+    assert set(quantizers.weights) == {"conv2d", "conv2d_1", "conv2d_2", "linear"}
+    wanted, got = outputs(graph, images(8))[0], outputs(student, images(8))[0]
+    assert (wanted - got).norm() < wanted.norm()
+
+
 def test_logarithmic_codes_by_hand() -> None:
     """At 4 bits powers of 2 down to 2^-15, at 5 bits of the root of 2; 0 becomes the smallest."""
     for bits, step in ((4, 1.0), (5, 0.5)):

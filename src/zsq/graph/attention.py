@@ -1,5 +1,6 @@
 """Attention in the graph, whoever wrote it: matrix products of activations, softmax between two of them."""
 
+import operator
 from typing import Any
 
 from torch import fx
@@ -22,13 +23,58 @@ _RESHAPES = frozenset(
 )
 
 
+# Operations through which a product reaches what it divides.
+_PARTS = _RESHAPES | {
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    operator.getitem,
+    aten.add.Tensor,
+    aten.clamp_min.default,
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+}
+
+
 def operands(node: fx.Node) -> tuple[fx.Node, ...]:
     """The tensors that an attention multiplies: of a matrix product two, of a fused attention three.
 
-    Constants count; an empty tuple for any other node.
+    Constants count; an empty tuple for any other node, and for products that something is divided by, such as
+    the normalisation of linear attention (EfficientViT, arXiv:2205.14756): a divisor that is rounded to 0
+    makes the quotient as large as it likes. Like softmax, it is left in float.
     """
+    if _divides(node):
+        return ()
     count = 2 if node.target in PRODUCTS else 3 if node.target is FUSED_ATTENTION else 0
     return tuple(a for a in node.args[:count] if isinstance(a, fx.Node))
+
+
+def _divides(node: fx.Node) -> bool:
+    """Whether a division by a product, or by parts of it, follows, through other products at most."""
+    pending, seen = [node] if node.target in PRODUCTS else [], {node}
+    while pending:
+        current = pending.pop()
+        for user in current.users:
+            quotient = user.target is aten.div.Tensor and user.args[1] is current
+            if quotient or user.target is aten.reciprocal.default:
+                return True
+            if user not in seen and (user.target in PRODUCTS or _is_part(user)):
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether an operation moves, adds up or bounds what it reads; of additions, those of a number."""
+    return node.target in _PARTS and not (
+        node.target is aten.add.Tensor and all(isinstance(term, fx.Node) for term in node.args[:2])
+    )
 
 
 def attentions(graph: fx.Graph) -> list[fx.Node]:

@@ -150,7 +150,7 @@ def place(graph: fx.Graph, scheme: Scheme) -> Placement:
 
     Quantized are the weights and the input of every convolution and linear layer but the first one's input
     (the image), both operands of matrix products of activations (queries, keys, values and softmax weights of
-    attention), and identity shortcuts: operands of an addition that another operand is computed from through
+    attention; but see `operands`), and identity shortcuts: operands of an addition that another operand is computed from through
     a layer, but for the stream of a network whose blocks normalise what they read from it (see
     `Scheme.residual_stream`). All such readers of one tensor share its quantizer, also through slices, pads
     and reshapes; where they want different bits, the larger number holds.
