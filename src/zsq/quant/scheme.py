@@ -150,10 +150,11 @@ def place(graph: fx.Graph, scheme: Scheme) -> Placement:
 
     Quantized are the weights and the input of every convolution and linear layer but the first one's input
     (the image), both operands of matrix products of activations (queries, keys, values and softmax weights of
-    attention; but see `operands`), and identity shortcuts: operands of an addition that another operand is computed from through
-    a layer, but for the stream of a network whose blocks normalise what they read from it (see
-    `Scheme.residual_stream`). All such readers of one tensor share its quantizer, also through slices, pads
-    and reshapes; where they want different bits, the larger number holds.
+    attention; not of products that something is divided by, see `operands`), and identity shortcuts: operands
+    of an addition that another operand is computed from through a layer, but for the stream of a network
+    whose blocks normalise what they read from it (see `Scheme.residual_stream`). All such readers of one
+    tensor share its quantizer, also through slices, pads and reshapes; where they want different bits, the
+    larger number holds.
 
     With ends="8bit", 8 bits go to: weights of layers that no layer precedes, weights and input of layers that
     no layer follows, and tensors that only first layers precede (the second layer's input; BRECQ's
