@@ -412,6 +412,9 @@ RARE: dict[str, Callable[[Tensor], Tensor]] = {
     "repeated rows": lambda x: x.repeat_interleave(3, 2),
     "repeated images": lambda x: x.repeat_interleave(2, 0).unflatten(0, (x.shape[0], 2)).mean(1),
     "shape of another": lambda x: x.flatten(2).reshape_as(x) + x.flatten(1).view_as(x),
+    "windows": lambda x: x.unfold(2, 3, 2).unfold(3, 5, 1).amax((-1, -2)),
+    "patches": lambda x: F.unfold(x, (3, 2), dilation=(1, 2), padding=(1, 0), stride=2).unflatten(1, (4, 6)),
+    "chosen rows": lambda x: x[:, :, torch.tensor([4, 0, 0, 8])],
     "log_softmax": lambda x: F.log_softmax(x, 1),
 }
 
@@ -431,6 +434,7 @@ def test_rare_operations(name: str, tmp_path: Path) -> None:
         (lambda x: torch.linalg.vector_norm(x, 3, dim=1, keepdim=True), "order 3"),
         (lambda x: x.var(dim=0, keepdim=True) + x, "over the batch"),
         (lambda x: F.adaptive_max_pool2d(x, 2), "needs a divisor"),
+        (lambda x: x[:, torch.tensor([0, 1]), torch.tensor([2, 3])][:, None], "several axes"),
     ],
 )
 def test_rare_operations_that_have_no_form(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from zsq.errors import UsageError
@@ -68,6 +69,46 @@ def roll(b: Builder, node: fx.Node, x: Any, shifts: Any, dims: Any) -> Any:
 def select(b: Builder, node: fx.Node, x: Any, dim: int, index: int) -> Any:
     """aten.select."""
     return b.op("Gather", x, b.integers(index), name=node.name, axis=dim)
+
+
+def index(b: Builder, node: fx.Node, x: Any, indices: Any) -> Any:
+    """aten.index by one tensor of whole numbers."""
+    axes = [axis for axis, chosen in enumerate(indices) if chosen is not None]
+    if len(axes) != 1:
+        raise UsageError(f"The operation {node.name} indexes several axes at once, which cannot be exported.")
+    return b.op("Gather", x, indices[axes[0]], name=node.name, axis=axes[0])
+
+
+def unfold(b: Builder, node: fx.Node, x: Any, dim: int, size: int, step: int) -> Any:
+    """aten.unfold: windows of an axis, whose elements become the last axis."""
+    rank = len(node.meta["shape"]) - 1
+    axis = dim % rank
+    starts = torch.arange(node.meta["shape"][axis]) * step
+    windows = b.tensor(starts[:, None] + torch.arange(size), f"{node.name}.windows")
+    found = b.op("Gather", x, windows, name=f"{node.name}.gathered", axis=axis)
+    order = [k for k in range(rank + 1) if k != axis + 1]
+    return b.op("Transpose", found, name=node.name, perm=[*order, axis + 1])
+
+
+def patches(b: Builder, node: fx.Node, x: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Any:
+    """aten.im2col: the pixels of all patches, (N, C kernel, patches)."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    channels, *sizes = source.meta["shape"][1:]
+    places, width = [], 1
+    for size, k, d, p, s in zip(sizes, kernel, dilation, padding, stride, strict=True):
+        count = (size + 2 * p - d * (k - 1) - 1) // s + 1
+        places.append(torch.arange(k)[:, None] * d + torch.arange(count) * s)  # (in a patch, patches)
+        width = size + 2 * p
+    if any(padding):
+        edges = [0, 0, *padding]
+        x = b.op("Pad", x, b.integers(edges + edges), name=f"{node.name}.padded", mode="constant")
+    rows, columns = places
+    pixels = rows[:, None, :, None] * width + columns[None, :, None, :]  # down and across: kernel, then patches
+    pixels = pixels.reshape(rows.shape[0] * columns.shape[0], -1)
+    flat = b.op("Reshape", x, b.integers([0, channels, -1]), name=f"{node.name}.flat")
+    found = b.op("Gather", flat, b.tensor(pixels, f"{node.name}.pixels"), name=f"{node.name}.found", axis=2)
+    return reshape_to(b, found, node.meta["shape"], node.name)
 
 
 def split(b: Builder, node: fx.Node, x: Any, _: Any, dim: int = 0) -> Any:
