@@ -37,6 +37,7 @@ for package in ("onnx", "onnx_ir", "onnxruntime", "ml_dtypes"):
     pytest.importorskip(package)
 
 import onnx  # noqa: E402
+import onnxruntime  # noqa: E402
 
 from zsq.export.bisect import first_difference  # noqa: E402
 from zsq.export.engine import EngineModel, SessionOptions, open_engine  # noqa: E402
@@ -349,6 +350,18 @@ def test_a_file_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_the_engine_cannot_run_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise ValueError("Non-zero status code\nwhile running Expand")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", fails)
+    with pytest.raises(JobError, match="does not run the network: Non-zero status code while running Expand"):
+        exported(run_of(captured(Residual), "W4A4", images(16)), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_session_options_are_found_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the clips that keep ONNX Runtime from its fault, other session options are what works."""
     import zsq.export.onnx as module
@@ -406,6 +419,9 @@ RARE: dict[str, Callable[[Tensor], Tensor]] = {
     "expand_as": lambda x: x + x.amax((2, 3), keepdim=True).expand_as(x),
     "bicubic": lambda x: F.interpolate(x, size=(13, 15), mode="bicubic"),
     "bicubic to the corners": lambda x: F.interpolate(x, scale_factor=2, mode="bicubic", align_corners=True),
+    "bilinear by a factor": lambda x: F.interpolate(x, scale_factor=1.7, mode="bilinear"),
+    "nearest, to a size": lambda x: F.interpolate(x, size=(13, 15)),
+    "nearest, smaller": lambda x: F.interpolate(x, size=(5, 3)),
     "adaptive mean": lambda x: F.adaptive_avg_pool2d(x, (4, 5)),
     "adaptive maximum": lambda x: F.adaptive_max_pool2d(x, (3, 1)),
     "waves": lambda x: x.sin() + x.cos().square() + (x.abs() + 1).reciprocal(),
@@ -415,8 +431,15 @@ RARE: dict[str, Callable[[Tensor], Tensor]] = {
     "windows": lambda x: x.unfold(2, 3, 2).unfold(3, 5, 1).amax((-1, -2)),
     "patches": lambda x: F.unfold(x, (3, 2), dilation=(1, 2), padding=(1, 0), stride=2).unflatten(1, (4, 6)),
     "chosen rows": lambda x: x[:, :, torch.tensor([4, 0, 0, 8])],
+    "repeated columns": lambda x: (
+        x.flatten(0, 1)[:, None].expand(-1, 3, -1, -1).unflatten(0, (-1, 4)).mean(2)
+    ),
     "log_softmax": lambda x: F.log_softmax(x, 1),
 }
+
+
+def noise(count: int) -> Tensor:
+    return torch.randn(count, 3, 9, 7, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("name", RARE)
@@ -424,7 +447,7 @@ def test_rare_operations(name: str, tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = Features(RARE[name]).eval().requires_grad_(False)
-    export = exported(run_of(capture(network, (3, 9, 7)), "W4A4", torch.randn(8, 3, 9, 7)), tmp_path)
+    export = exported(run_of(capture(network, (3, 9, 7)), "W4A4", noise(8)), tmp_path)
     assert worst(export) < FLOAT and export.verification.session == SessionOptions()
 
 
@@ -441,7 +464,7 @@ def test_rare_operations_that_have_no_form(
     operation: Callable[[Tensor], Tensor], expected: str, tmp_path: Path
 ) -> None:
     graph = capture(Features(operation).eval().requires_grad_(False), (3, 9, 7))
-    run = run_of(graph, "W4A4", torch.randn(8, 3, 9, 7))
+    run = run_of(graph, "W4A4", noise(8))
     assert expected in message(lambda: exported(run, tmp_path)) and not list(tmp_path.iterdir())
 
 

@@ -95,9 +95,18 @@ class EngineModel(nn.Module):
         return shape
 
     def forward(self, images: Tensor) -> Any:
-        """The outputs, float32, on the CPU; one tensor if there is one."""
+        """The outputs, float32, on the CPU; one tensor if there is one.
+
+        Raises:
+            JobError: the runtime fails.
+        """
         array = images.detach().cpu().float().contiguous().numpy()
-        found = [torch.from_numpy(y) for y in self._session.run(None, {self._input.name: array})]
+        try:
+            outputs = self._session.run(None, {self._input.name: array})
+        except Exception as error:  # its exceptions share no base class
+            reason = " ".join(str(error).split())[:300]
+            raise JobError(f"ONNX Runtime does not run the network: {reason}") from error
+        found = [torch.from_numpy(y) for y in outputs]
         return found[0] if len(found) == 1 else tuple(found)
 
 

@@ -267,10 +267,15 @@ def resize_bicubic(b: Builder, node: fx.Node, x: Any, _: Any, align_corners: boo
 
 
 def _resize(b: Builder, node: fx.Node, x: Any, **attributes: Any) -> Any:
+    """By the factors that were asked for, or to the size; whole factors are named in either case."""
     before, after = _shape_of(node, 0)[-2:], node.meta["shape"][-2:]
-    factors = [1.0, 1.0, *(k / h for h, k in zip(before, after, strict=True))]
-    scales = b.tensor(torch.tensor(factors), f"{node.name}.scales")
-    return b.op("Resize", x, None, scales, name=node.name, **attributes)
+    size, scales = node.args[1], node.args[-1] if isinstance(node.args[-1], (list, tuple)) else None
+    if size is not None and any(k % h for h, k in zip(before, after, strict=True)):
+        sizes = b.integers([int(k) for k in after])
+        return b.op("Resize", x, None, None, sizes, name=node.name, axes=[2, 3], **attributes)
+    asked = scales if size is None and scales else [k / h for h, k in zip(before, after, strict=True)]
+    factors = b.tensor(torch.tensor([1.0, 1.0, *map(float, asked)]), f"{node.name}.scales")
+    return b.op("Resize", x, None, factors, name=node.name, **attributes)
 
 
 def reshape_to(b: Builder, x: Any, shape: tuple[int | None, ...], name: str) -> Any:

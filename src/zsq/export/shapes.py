@@ -104,7 +104,9 @@ def patches(b: Builder, node: fx.Node, x: Any, kernel: Any, dilation: Any, paddi
         edges = [0, 0, *padding]
         x = b.op("Pad", x, b.integers(edges + edges), name=f"{node.name}.padded", mode="constant")
     rows, columns = places
-    pixels = rows[:, None, :, None] * width + columns[None, :, None, :]  # down and across: kernel, then patches
+    pixels = (
+        rows[:, None, :, None] * width + columns[None, :, None, :]
+    )  # down and across: kernel, then patches
     pixels = pixels.reshape(rows.shape[0] * columns.shape[0], -1)
     flat = b.op("Reshape", x, b.integers([0, channels, -1]), name=f"{node.name}.flat")
     found = b.op("Gather", flat, b.tensor(pixels, f"{node.name}.pixels"), name=f"{node.name}.found", axis=2)
@@ -141,17 +143,21 @@ def stack(b: Builder, node: fx.Node, parts: Any, dim: int) -> Any:
 
 
 def expand(b: Builder, node: fx.Node, x: Any, *_: Any) -> Any:
-    """Repeat along axes of size 1; the batch size is read off the images."""
-    shape = node.meta["shape"]
-    if shape.count(None) > 1 or None in shape[1:]:
+    """Repeat along axes of size 1; one that grows with the batch stays, or becomes the number of images."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    shape, before = node.meta["shape"], source.meta["shape"]
+    before = (1,) * (len(shape) - len(before)) + tuple(before)
+    sizes = [1 if old is None else new for old, new in zip(before, shape, strict=True)]
+    if None not in sizes:
+        return b.op("Expand", x, b.integers(sizes), name=node.name)
+    if None in sizes[1:]:
         raise UsageError(
             f"The operation {node.name} repeats a tensor in an unknown number, which cannot be exported."
         )
-    if None not in shape:
-        return b.op("Expand", x, b.integers(list(shape)), name=node.name)
     image = next(n for n in node.graph.nodes if n.op == "placeholder")
     batch = b.op("Shape", image.meta["value"], name=f"{node.name}.batch", start=0, end=1)
-    size = b.op("Concat", batch, b.integers(list(shape[1:])), name=f"{node.name}.shape", axis=0)
+    size = b.op("Concat", batch, b.integers(sizes[1:]), name=f"{node.name}.shape", axis=0)
     return b.op("Expand", x, size, name=node.name)
 
 
