@@ -353,6 +353,20 @@ class LinearAttention(nn.Module):
         return self.fc((x + self.proj(y)).mean((2, 3)))  # type: ignore[no-any-return]
 
 
+class EinsumAttention(nn.Module):
+    """Attention as many write it: einsum for both products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 24), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 4)).unbind(2)
+        weights = torch.einsum("nqhc,nkhc->nhqk", q, k).mul(0.5).softmax(-1)
+        return self.head((x + torch.einsum("nhqk,nkhc->nqhc", weights, v).flatten(2)).mean(1))  # type: ignore[no-any-return]
+
+
 class Positions(nn.Module):
     """A layer embeds positions for every image anew; the class token reads the patches, as in CaiT.
 
@@ -490,6 +504,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "gated": Gated,
     "transformer": Transformer,
     "linear_attention": LinearAttention,
+    "einsum": EinsumAttention,
     "positions": Positions,
     "standardised": Standardised,
     "reused": Reused,

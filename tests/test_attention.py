@@ -95,6 +95,14 @@ def test_all_operands_of_products_are_quantized() -> None:
     assert not place(graph, Scheme(activation_bits=None)).activations
 
 
+def test_operands_of_einsum_are_quantized() -> None:
+    student, _ = attach(graph_of("einsum"), Scheme())
+    products = [n for n in student.graph.nodes if n.target is torch.ops.aten.einsum.default]
+    assert len(products) == 2
+    for product in products:
+        assert all(a.op == "call_module" or a.args[0].op == "call_module" for a in product.all_input_nodes)
+
+
 @pytest.mark.parametrize("placement", ["research", "engine"])
 def test_what_is_divided_by_stays_in_float(placement: str) -> None:
     """In linear attention a product of rounded operands can be 0, and the quotient anything."""

@@ -82,6 +82,10 @@ def _variance(b: Builder, node: fx.Node, x: Any, dim: Any, correction: Any, keep
     return b.op("Mul", biased, b.number(count / freedom), name=node.name)
 
 
+def _einsum(b: Builder, node: fx.Node, equation: str, tensors: Any, *_: Any) -> Any:
+    return b.op("Einsum", *tensors, name=node.name, equation=equation)
+
+
 def _addcmul(b: Builder, node: fx.Node, x: Any, first: Any, second: Any, value: float = 1) -> Any:
     """x + value first second."""
     product = b.op("Mul", first, second, name=f"{node.name}.product")
@@ -211,6 +215,7 @@ EMITTERS: dict[Any, Emitter] = {
     aten.minimum.default: _binary("Min"),
     aten.matmul.default: _binary("MatMul"),
     aten.bmm.default: _binary("MatMul"),
+    aten.einsum.default: _einsum,
     aten.scaled_dot_product_attention.default: _attention,
     aten.exp.default: _plain("Exp"),
     aten.log.default: _plain("Log"),

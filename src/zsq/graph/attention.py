@@ -7,7 +7,7 @@ from torch import fx
 
 from zsq.graph.nodes import aten
 
-PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
+PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.einsum.default})
 SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default})
 FUSED_ATTENTION = aten.scaled_dot_product_attention.default
 # What may stand between a softmax and the product that it weighs: other shapes and layouts, same values.
@@ -43,7 +43,7 @@ _PARTS = _RESHAPES | {
 
 
 def operands(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The tensors that an attention multiplies: of a matrix product two, of a fused attention three.
+    """The tensors that an attention multiplies: of a product, also of einsum, two, of a fused attention three.
 
     Constants count; an empty tuple for any other node, and for products that something is divided by, such as
     the normalisation of linear attention (EfficientViT, arXiv:2205.14756): a divisor that is rounded to 0
@@ -51,6 +51,8 @@ def operands(node: fx.Node) -> tuple[fx.Node, ...]:
     """
     if _divides(node):
         return ()
+    if node.target is aten.einsum.default:
+        return tuple(node.args[1]) if len(node.args[1]) == 2 else ()  # type: ignore[arg-type]
     count = 2 if node.target in PRODUCTS else 3 if node.target is FUSED_ATTENTION else 0
     return tuple(a for a in node.args[:count] if isinstance(a, fx.Node))
 
@@ -83,7 +85,10 @@ def attentions(graph: fx.Graph) -> list[fx.Node]:
 
 
 def softmax_before(product: fx.Node) -> fx.Node | None:
-    """The softmax that gives the first operand of a matrix product; None if another operation does."""
+    """The softmax that gives the first operand of a matrix product; None if another operation does.
+
+    None for einsum too, whose result may have its axes in any order.
+    """
     if product.target not in PRODUCTS:
         return None
     node: Any = product.args[0]
