@@ -43,7 +43,7 @@ _PARTS = _RESHAPES | {
 
 
 def operands(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The tensors that an attention multiplies: of a product, also of einsum, two, of a fused attention three.
+    """The tensors that an attention multiplies: of a product (or einsum) two, of a fused attention three.
 
     Constants count; an empty tuple for any other node, and for products that something is divided by, such as
     the normalisation of linear attention (EfficientViT, arXiv:2205.14756): a divisor that is rounded to 0
