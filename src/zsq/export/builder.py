@@ -66,9 +66,14 @@ class Builder:
         return outputs
 
     def tensor(self, value: Tensor, name: str) -> "ir.Value":
-        """A stored tensor, float32 or int64."""
+        """A stored tensor: float32, int64 or truth values."""
         array = value.detach().cpu().contiguous().numpy()
-        return self._store(array.astype(np.float32 if value.is_floating_point() else np.int64), name)
+        kind = np.float32 if value.is_floating_point() else np.int64
+        return self._store(array.astype(array.dtype if value.dtype == torch.bool else kind), name)
+
+    def cast(self, x: "ir.Value", kind: str, name: str) -> "ir.Value":
+        """Numbers of another type, named as ONNX names it."""
+        return self.op("Cast", x, name=name, to=int(self._ir.DataType[kind]))
 
     def number(self, value: float) -> "ir.Value":
         """A float scalar."""

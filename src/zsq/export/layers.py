@@ -167,6 +167,28 @@ def group_norm(
     return b.op("GroupNormalization", x, weight, bias, name=node.name, num_groups=groups, epsilon=eps)
 
 
+def instance_norm(
+    b: Builder,
+    node: fx.Node,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    own: bool,
+    _: Any,
+    eps: float,
+    *__: Any,
+) -> Any:
+    """aten.instance_norm by the statistics of each image; by stored ones it is a BatchNorm."""
+    if not own:
+        raise UsageError(f"The norm {node.name} has stored statistics: write it as a BatchNorm to export it.")
+    channels = node.meta["shape"][1]
+    weight = b.tensor(torch.ones(channels), f"{node.name}.ones") if weight is None else weight
+    bias = b.tensor(torch.zeros(channels), f"{node.name}.zeros") if bias is None else bias
+    return b.op("InstanceNormalization", x, weight, bias, name=node.name, epsilon=eps)
+
+
 def max_pool(
     b: Builder, node: fx.Node, x: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool
 ) -> Any:

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx
 
 from zsq._version import __version__
@@ -251,7 +250,7 @@ def _is_size(node: fx.Node) -> bool:
 
 def _constant(b: Builder, student: fx.GraphModule, node: fx.Node) -> Any:
     tensor = get_tensor(student, str(node.target))
-    if tensor.dtype == torch.bool or tensor.is_complex():
+    if tensor.is_complex():
         raise UsageError(f"The tensor {node.target} has type {tensor.dtype}, which cannot be exported.")
     return b.tensor(tensor, str(node.target))
 

@@ -82,6 +82,51 @@ def _variance(b: Builder, node: fx.Node, x: Any, dim: Any, correction: Any, keep
     return b.op("Mul", biased, b.number(count / freedom), name=node.name)
 
 
+def _compared(kind: str) -> Emitter:
+    """Truth values of a tensor beside another or a number."""
+    return lambda b, node, x, other: b.op(kind, x, _value(b, other), name=node.name)
+
+
+def _extreme(kind: str) -> Emitter:
+    """The largest or smallest of an axis; where it is, is left out."""
+    reduce = _reduction(kind)
+    return lambda b, node, x, dim, keepdim=False: (reduce(b, node, x, dim, keepdim), None)
+
+
+def _where(b: Builder, node: fx.Node, condition: Any, x: Any, other: Any) -> Any:
+    return b.op("Where", condition, _value(b, x), _value(b, other), name=node.name)
+
+
+def _masked_fill(b: Builder, node: fx.Node, x: Any, mask: Any, value: Any) -> Any:
+    return b.op("Where", mask, _value(b, value), x, name=node.name)
+
+
+def _cast(b: Builder, node: fx.Node, x: Any, dtype: torch.dtype, *_: Any) -> Any:
+    kinds = {torch.float32: "FLOAT", torch.int64: "INT64", torch.bool: "BOOL"}
+    if dtype not in kinds:
+        raise UsageError(
+            f"The operation {node.name} makes numbers of type {dtype}, which cannot be exported."
+        )
+    return b.cast(x, kinds[dtype], node.name)
+
+
+def _glu(b: Builder, node: fx.Node, x: Any, dim: int = -1) -> Any:
+    half = b.integers([node.meta["shape"][dim]] * 2)
+    names = [f"{node.name}.value", f"{node.name}.gate"]
+    value, gate = b.ops("Split", x, half, names=names, axis=dim)
+    return b.op("Mul", value, b.op("Sigmoid", gate, name=f"{node.name}.sigmoid"), name=node.name)
+
+
+def _log_sigmoid(b: Builder, node: fx.Node, x: Any) -> Any:
+    soft = b.op("Softplus", b.op("Neg", x, name=f"{node.name}.negative"), name=f"{node.name}.softplus")
+    return b.op("Neg", soft, name=node.name)
+
+
+def _reversed_sub(b: Builder, node: fx.Node, x: Any, other: Any, alpha: float = 1) -> Any:
+    scaled = x if alpha == 1 else b.op("Mul", x, b.number(alpha), name=f"{node.name}.scaled")
+    return b.op("Sub", _value(b, other), scaled, name=node.name)
+
+
 def _einsum(b: Builder, node: fx.Node, equation: str, tensors: Any, *_: Any) -> Any:
     return b.op("Einsum", *tensors, name=node.name, equation=equation)
 
@@ -178,6 +223,7 @@ EMITTERS: dict[Any, Emitter] = {
     aten.batch_norm.default: layers.batch_norm,
     aten.layer_norm.default: layers.layer_norm,
     aten.group_norm.default: layers.group_norm,
+    aten.instance_norm.default: layers.instance_norm,
     aten.max_pool2d.default: layers.max_pool,
     aten.avg_pool2d.default: layers.avg_pool,
     aten.adaptive_avg_pool2d.default: layers.adaptive_avg_pool,
@@ -202,6 +248,10 @@ EMITTERS: dict[Any, Emitter] = {
     aten.leaky_relu.default: _leaky_relu,
     aten.prelu.default: _prelu,
     aten.softplus.default: _plain("Softplus"),
+    aten.selu.default: _plain("Selu"),
+    aten.celu.default: lambda b, node, x, alpha: b.op("Celu", x, name=node.name, alpha=float(alpha)),
+    aten.glu.default: _glu,
+    aten.log_sigmoid.default: _log_sigmoid,
     aten.tanh.default: _plain("Tanh"),
     aten.softmax.int: _softmax,
     aten.log_softmax.int: _log_softmax,
@@ -216,6 +266,24 @@ EMITTERS: dict[Any, Emitter] = {
     aten.matmul.default: _binary("MatMul"),
     aten.bmm.default: _binary("MatMul"),
     aten.einsum.default: _einsum,
+    aten.rsub.Scalar: _reversed_sub,
+    aten.pow.Tensor_Tensor: _binary("Pow"),
+    **{
+        operation: _compared(kind)
+        for kind, operations in {
+            "Greater": (aten.gt.Scalar, aten.gt.Tensor),
+            "GreaterOrEqual": (aten.ge.Scalar, aten.ge.Tensor),
+            "Less": (aten.lt.Scalar, aten.lt.Tensor),
+            "LessOrEqual": (aten.le.Scalar, aten.le.Tensor),
+        }.items()
+        for operation in operations
+    },
+    **dict.fromkeys((aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther), _where),
+    aten.masked_fill.Scalar: _masked_fill,
+    aten.to.dtype: _cast,
+    aten.sign.default: _plain("Sign"),
+    aten.floor.default: _plain("Floor"),
+    aten.ceil.default: _plain("Ceil"),
     aten.scaled_dot_product_attention.default: _attention,
     aten.exp.default: _plain("Exp"),
     aten.log.default: _plain("Log"),
@@ -232,6 +300,8 @@ EMITTERS: dict[Any, Emitter] = {
     aten.sum.dim_IntList: _reduction("ReduceSum"),
     aten.amax.default: _reduction("ReduceMax"),
     aten.amin.default: _reduction("ReduceMin"),
+    aten.max.dim: _extreme("ReduceMax"),
+    aten.min.dim: _extreme("ReduceMin"),
     aten.linalg_vector_norm.default: _vector_norm,
     aten.var.dim: lambda b, node, x, dim, unbiased, keepdim: _variance(
         b, node, x, dim, int(unbiased), keepdim
@@ -274,6 +344,9 @@ EMITTERS: dict[Any, Emitter] = {
     aten.expand.default: shapes.expand,
     aten.expand_as.default: shapes.expand,
     aten.pixel_shuffle.default: shapes.pixel_shuffle,
+    aten.pixel_unshuffle.default: shapes.pixel_unshuffle,
+    aten.repeat.default: shapes.repeat,
+    aten.flip.default: shapes.flip,
     aten.contiguous.default: shapes.identity,
     aten.clone.default: shapes.identity,
 }

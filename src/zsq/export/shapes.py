@@ -71,6 +71,36 @@ def select(b: Builder, node: fx.Node, x: Any, dim: int, index: int) -> Any:
     return b.op("Gather", x, b.integers(index), name=node.name, axis=dim)
 
 
+def pixel_unshuffle(b: Builder, node: fx.Node, x: Any, factor: int) -> Any:
+    """aten.pixel_unshuffle: channel by channel, unlike ONNX's SpaceToDepth."""
+    channels, height, width = node.meta["shape"][1:]
+    blocks = [-1, channels // factor**2, height, factor, width, factor]
+    parts = b.op("Reshape", x, b.integers(blocks), name=f"{node.name}.blocks")
+    turned = b.op("Transpose", parts, name=f"{node.name}.turned", perm=[0, 1, 3, 5, 2, 4])
+    return reshape_to(b, turned, node.meta["shape"], node.name)
+
+
+def repeat(b: Builder, node: fx.Node, x: Any, times: Any) -> Any:
+    """aten.repeat by whole numbers; axes may be added in front."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    counts = list(times)
+    if not all(isinstance(count, int) for count in counts):
+        raise UsageError(f"The operation {node.name} repeats by the batch, which cannot be exported.")
+    added = len(counts) - len(source.meta["shape"])
+    if added:
+        x = b.op("Unsqueeze", x, b.integers(list(range(added))), name=f"{node.name}.wider")
+    return b.op("Tile", x, b.integers(counts), name=node.name)
+
+
+def flip(b: Builder, node: fx.Node, x: Any, dims: Any) -> Any:
+    """aten.flip."""
+    axes = as_integers(dims)
+    bounds = [[value] * len(axes) for value in (-1, -(2**31), -1)]
+    start, stop, step = (b.integers(values) for values in bounds)
+    return b.op("Slice", x, start, stop, b.integers(axes), step, name=node.name)
+
+
 def index(b: Builder, node: fx.Node, x: Any, indices: Any) -> Any:
     """aten.index by one tensor of whole numbers."""
     axes = [axis for axis, chosen in enumerate(indices) if chosen is not None]
