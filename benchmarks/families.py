@@ -137,14 +137,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.rows.parent.mkdir(parents=True, exist_ok=True)
     lines = options.rows.read_text().splitlines() if options.rows.exists() else []
     rows: dict[str, dict[str, Any]] = {line["network"]: line for line in map(json.loads, lines)}
-    for name in options.networks or NETWORKS:
+    wanted = options.networks or NETWORKS
+    for name in wanted:
         if name not in rows:
             rows[name] = {"network": name, **row(timm, name)}
             with options.rows.open("a") as file:
                 file.write(json.dumps(rows[name]) + "\n")
             print(json.dumps(rows[name]), flush=True)
         if options.write is not None:
-            write_atomic(options.write, table(rows).encode())
+            write_atomic(options.write, table({n: rows[n] for n in wanted if n in rows}).encode())
 
 
 if __name__ == "__main__":
