@@ -464,7 +464,11 @@ def test_files_of_this_repository_are_well_formed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # some are for a GPU
     found = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.toml"))
     benches = {path.stem: read_bench(path) for path in found}
-    assert {"genie", "sadag", "uniform"} <= benches.keys()
+    others = {"engine", "genie", "gradient_cover", "psaq_vit", "quick", "sadag", "sadag_ablation", "w8a8"}
+    others |= {"best", "genie_synq", "half", "w2a2", "sadag_quick", "sadag_seeds", "sadag_variants"}
+    others |= {"best_imagenet", "sadag_turn", "tiniest", "uniform_imagenet", "units"}
+    others |= {"sadag_imagenet", "synq_parts_gdfq"}
+    assert benches.keys() == others | {"mixing", "paper", "paper_imagenet", "synq_parts", "uniform"}
     for name, bench in benches.items():
         assert bench.name == name and bench.networks and bench.recipes
         for network in bench.networks:
@@ -483,5 +487,6 @@ def test_files_of_this_repository_are_well_formed(monkeypatch: pytest.MonkeyPatc
                     assert network.images is not None or not entry.images
     bits_of = {network.name: network.bits for network in benches["genie"].networks}
     assert bits_of["imagenet_etinynet_1.0"] == ("W4A8", "W4A4", "W3A3", "W2A4")  # its own
+    assert bits_of["cifar10_resnet20"] == ("W4A4", "W3A3", "W2A4")
     assert bits_of["cifar100_resnet20s"] == ("W4A4", "W3A3", "W2A4")  # those of the file
     assert {network.bits for network in benches["w8a8"].networks} == {("W8A8",)}
