@@ -99,11 +99,6 @@ def where(b: Builder, node: fx.Node, condition: Any, x: Any, other: Any) -> Any:
     return b.op("Where", condition, as_value(b, x), as_value(b, other), name=node.name)
 
 
-def masked_fill(b: Builder, node: fx.Node, x: Any, mask: Any, value: Any) -> Any:
-    """aten.masked_fill with a number."""
-    return b.op("Where", mask, as_value(b, value), x, name=node.name)
-
-
 def cast(b: Builder, node: fx.Node, x: Any, dtype: torch.dtype, *_: Any) -> Any:
     """aten.to another type: float32, int64 or truth values."""
     kinds = {torch.float32: "FLOAT", torch.int64: "INT64", torch.bool: "BOOL"}

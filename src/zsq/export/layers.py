@@ -53,7 +53,7 @@ def convolution(
         totals = [d * (k - 1) if padding == "same" else 0 for k, d in steps]
         pads = [t // 2 for t in totals] + [t - t // 2 for t in totals]
     else:
-        pads = _each(padding, len(kernel)) * 2
+        pads = each(padding, len(kernel)) * 2
     return b.op("Conv", *inputs, name=node.name, pads=pads, **common)
 
 
@@ -76,8 +76,8 @@ def transposed_convolution(
         "ConvTranspose",
         *inputs,
         name=node.name,
-        pads=_each(padding, rank) * 2,
-        output_padding=_each(output_padding, rank),
+        pads=each(padding, rank) * 2,
+        output_padding=each(output_padding, rank),
         **common,
     )
 
@@ -88,7 +88,7 @@ def _operands(
     """Kernel size, inputs and those attributes that all convolutions have."""
     kernel = _weight_shape(node)[2:]
     inputs = [x, weight_value(b, weight)] + ([bias] if bias is not None else [])
-    strides, dilations = _each(stride, len(kernel)), _each(dilation, len(kernel))
+    strides, dilations = each(stride, len(kernel)), each(dilation, len(kernel))
     return (
         kernel,
         inputs,
@@ -161,10 +161,14 @@ def group_norm(
     b: Builder, node: fx.Node, x: Any, groups: int, weight: Any, bias: Any, eps: float, *_: Any
 ) -> Any:
     """aten.group_norm."""
-    channels = node.meta["shape"][1]
-    weight = b.tensor(torch.ones(channels), f"{node.name}.ones") if weight is None else weight
-    bias = b.tensor(torch.zeros(channels), f"{node.name}.zeros") if bias is None else bias
-    return b.op("GroupNormalization", x, weight, bias, name=node.name, num_groups=groups, epsilon=eps)
+    return b.op(
+        "GroupNormalization",
+        x,
+        *_affine(b, node, weight, bias),
+        name=node.name,
+        num_groups=groups,
+        epsilon=eps,
+    )
 
 
 def instance_norm(
@@ -183,121 +187,15 @@ def instance_norm(
     """aten.instance_norm by the statistics of each image; by stored ones it is a BatchNorm."""
     if not own:
         raise UsageError(f"The norm {node.name} has stored statistics: write it as a BatchNorm to export it.")
+    return b.op("InstanceNormalization", x, *_affine(b, node, weight, bias), name=node.name, epsilon=eps)
+
+
+def _affine(b: Builder, node: fx.Node, weight: Any, bias: Any) -> tuple[Any, Any]:
+    """Factors and terms of the channels of a norm, 1 and 0 where it has none."""
     channels = node.meta["shape"][1]
     weight = b.tensor(torch.ones(channels), f"{node.name}.ones") if weight is None else weight
     bias = b.tensor(torch.zeros(channels), f"{node.name}.zeros") if bias is None else bias
-    return b.op("InstanceNormalization", x, weight, bias, name=node.name, epsilon=eps)
-
-
-def max_pool(
-    b: Builder, node: fx.Node, x: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool
-) -> Any:
-    """aten.max_pool2d."""
-    return _pool(b, node, "MaxPool", x, kernel, stride, padding, ceil, dilations=_each(dilation, 2))
-
-
-def avg_pool(
-    b: Builder,
-    node: fx.Node,
-    x: Any,
-    kernel: Any,
-    stride: Any,
-    padding: Any,
-    ceil: bool,
-    count_padding: bool,
-    divisor: int | None,
-) -> Any:
-    """aten.avg_pool2d."""
-    if divisor is not None:
-        raise UsageError(f"The pool {node.name} divides by {divisor}, which ONNX has no pool for.")
-    counts = {"count_include_pad": int(count_padding)}
-    return _pool(b, node, "AveragePool", x, kernel, stride, padding, ceil, **counts)
-
-
-def _pool(
-    b: Builder,
-    node: fx.Node,
-    kind: str,
-    x: Any,
-    kernel: Any,
-    stride: Any,
-    padding: Any,
-    ceil: bool,
-    **attributes: Any,
-) -> Any:
-    size = _each(kernel, 2)
-    return b.op(
-        kind,
-        x,
-        name=node.name,
-        kernel_shape=size,
-        strides=_each(stride, 2) if stride else size,
-        pads=_each(padding, 2) * 2,
-        ceil_mode=int(ceil),
-        **attributes,
-    )
-
-
-def adaptive_avg_pool(b: Builder, node: fx.Node, x: Any, size: Any) -> Any:
-    """aten.adaptive_avg_pool2d; onto sizes that do not divide the input's as products with matrices."""
-    before, after = _shape_of(node, 0)[-2:], node.meta["shape"][-2:]
-    if tuple(after) == (1, 1):
-        return b.op("GlobalAveragePool", x, name=node.name)
-    if any(h % k for h, k in zip(before, after, strict=True)):
-        rows, columns = (_averages(h, k) for h, k in zip(before, after, strict=True))
-        x = b.op("MatMul", x, b.tensor(columns.T, f"{node.name}.columns"), name=f"{node.name}.narrow")
-        return b.op("MatMul", b.tensor(rows, f"{node.name}.rows"), x, name=node.name)
-    kernel = [h // k for h, k in zip(before, after, strict=True)]
-    return b.op("AveragePool", x, name=node.name, kernel_shape=kernel, strides=kernel)
-
-
-def adaptive_max_pool(b: Builder, node: fx.Node, x: Any, size: Any) -> Any:
-    """aten.adaptive_max_pool2d onto sizes that divide the input's; the places of the maxima are left out."""
-    before, after = _shape_of(node, 0)[-2:], node.meta["shape"][0][-2:]
-    if any(h % k for h, k in zip(before, after, strict=True)):
-        raise UsageError(f"The pool {node.name} maps {before} onto {after}; ONNX needs a divisor.")
-    kernel = [h // k for h, k in zip(before, after, strict=True)]
-    return b.op("MaxPool", x, name=node.name, kernel_shape=kernel, strides=kernel), None
-
-
-def _averages(size: int, onto: int) -> Tensor:
-    """(onto, size): output i is the mean of positions floor(i size / onto) to ceil((i + 1) size / onto)."""
-    found = torch.zeros(onto, size)
-    for i in range(onto):
-        start, stop = i * size // onto, -(-(i + 1) * size // onto)
-        found[i, start:stop] = 1 / (stop - start)
-    return found
-
-
-def resize_nearest(b: Builder, node: fx.Node, x: Any, *_: Any) -> Any:
-    """aten.upsample_nearest2d: output pixel i reads input pixel floor(i * in / out)."""
-    return _resize(
-        b, node, x, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"
-    )
-
-
-def resize_bilinear(b: Builder, node: fx.Node, x: Any, _: Any, align_corners: bool, *__: Any) -> Any:
-    """aten.upsample_bilinear2d."""
-    form = "align_corners" if align_corners else "half_pixel"
-    return _resize(b, node, x, mode="linear", coordinate_transformation_mode=form)
-
-
-def resize_bicubic(b: Builder, node: fx.Node, x: Any, _: Any, align_corners: bool, *__: Any) -> Any:
-    """aten.upsample_bicubic2d, whose kernel has the coefficient -0.75."""
-    form = "align_corners" if align_corners else "half_pixel"
-    return _resize(b, node, x, mode="cubic", coordinate_transformation_mode=form, cubic_coeff_a=-0.75)
-
-
-def _resize(b: Builder, node: fx.Node, x: Any, **attributes: Any) -> Any:
-    """By the factors that were asked for, or to the size; whole factors are named in either case."""
-    before, after = _shape_of(node, 0)[-2:], node.meta["shape"][-2:]
-    size, scales = node.args[1], node.args[-1] if isinstance(node.args[-1], (list, tuple)) else None
-    if size is not None and any(k % h for h, k in zip(before, after, strict=True)):
-        sizes = b.integers([int(k) for k in after])
-        return b.op("Resize", x, None, None, sizes, name=node.name, axes=[2, 3], **attributes)
-    asked = scales if size is None and scales else [k / h for h, k in zip(before, after, strict=True)]
-    factors = b.tensor(torch.tensor([1.0, 1.0, *map(float, asked)]), f"{node.name}.scales")
-    return b.op("Resize", x, None, factors, name=node.name, **attributes)
+    return weight, bias
 
 
 def reshape_to(b: Builder, x: Any, shape: tuple[int | None, ...], name: str) -> Any:
@@ -311,17 +209,18 @@ def reshape_to(b: Builder, x: Any, shape: tuple[int | None, ...], name: str) -> 
 
 
 def _weight_shape(node: fx.Node) -> list[int]:
-    return [int(size) for size in _shape_of(node, 1)]
+    return [int(size) for size in shape_of(node, 1)]
 
 
-def _shape_of(node: fx.Node, index: int) -> tuple[int, ...]:
+def shape_of(node: fx.Node, index: int) -> tuple[int, ...]:
+    """Of an argument that is a tensor."""
     source = node.args[index]
     assert isinstance(source, fx.Node)
     shape: tuple[int, ...] = source.meta["shape"]
     return shape
 
 
-def _each(value: Any, rank: int) -> list[int]:
+def each(value: Any, rank: int) -> list[int]:
     """One number an axis."""
     numbers = as_integers(value)
     return numbers * rank if len(numbers) == 1 else numbers

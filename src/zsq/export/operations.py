@@ -1,21 +1,18 @@
 """Which ONNX operators stand for which ATen operation: one table."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from zsq.errors import UsageError
-from zsq.export import arithmetic, layers, shapes
+from zsq.export import arithmetic, layers, pools, shapes
 from zsq.export.builder import Builder
 from zsq.graph.nodes import aten
 
-if TYPE_CHECKING:
-    pass
-
 EMITTERS: dict[Any, arithmetic.Emitter] = {
-    # layers, norms, pools (layers.py)
+    # layers, norms, pools
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), layers.convolution),
     **dict.fromkeys((aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding), layers.convolution),
     aten.conv_transpose1d.default: layers.transposed_convolution,
@@ -26,13 +23,13 @@ EMITTERS: dict[Any, arithmetic.Emitter] = {
     aten.layer_norm.default: layers.layer_norm,
     aten.group_norm.default: layers.group_norm,
     aten.instance_norm.default: layers.instance_norm,
-    aten.max_pool2d.default: layers.max_pool,
-    aten.avg_pool2d.default: layers.avg_pool,
-    aten.adaptive_avg_pool2d.default: layers.adaptive_avg_pool,
-    aten.upsample_nearest2d.vec: layers.resize_nearest,
-    aten.upsample_bilinear2d.vec: layers.resize_bilinear,
-    aten.upsample_bicubic2d.vec: layers.resize_bicubic,
-    aten.adaptive_max_pool2d.default: layers.adaptive_max_pool,
+    aten.max_pool2d.default: pools.max_pool,
+    aten.avg_pool2d.default: pools.avg_pool,
+    aten.adaptive_avg_pool2d.default: pools.adaptive_avg_pool,
+    aten.upsample_nearest2d.vec: pools.resize_nearest,
+    aten.upsample_bilinear2d.vec: pools.resize_bilinear,
+    aten.upsample_bicubic2d.vec: pools.resize_bicubic,
+    aten.adaptive_max_pool2d.default: pools.adaptive_max_pool,
     # nonlinearities
     aten.relu.default: arithmetic.plain("Relu"),
     aten.relu6.default: lambda b, node, x: arithmetic.clamp(b, node, x, 0.0, 6.0),
@@ -81,7 +78,7 @@ EMITTERS: dict[Any, arithmetic.Emitter] = {
         for operation in operations
     },
     **dict.fromkeys((aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther), arithmetic.where),
-    aten.masked_fill.Scalar: arithmetic.masked_fill,
+    aten.masked_fill.Scalar: lambda b, node, x, mask, value: arithmetic.where(b, node, mask, value, x),
     aten.to.dtype: arithmetic.cast,
     aten.sign.default: arithmetic.plain("Sign"),
     aten.floor.default: arithmetic.plain("Floor"),

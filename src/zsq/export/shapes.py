@@ -134,9 +134,8 @@ def patches(b: Builder, node: fx.Node, x: Any, kernel: Any, dilation: Any, paddi
         edges = [0, 0, *padding]
         x = b.op("Pad", x, b.integers(edges + edges), name=f"{node.name}.padded", mode="constant")
     rows, columns = places
-    pixels = (
-        rows[:, None, :, None] * width + columns[None, :, None, :]
-    )  # down and across: kernel, then patches
+    # axes: kernel down, kernel across, patches down, patches across
+    pixels = rows[:, None, :, None] * width + columns[None, :, None, :]
     pixels = pixels.reshape(rows.shape[0] * columns.shape[0], -1)
     flat = b.op("Reshape", x, b.integers([0, channels, -1]), name=f"{node.name}.flat")
     found = b.op("Gather", flat, b.tensor(pixels, f"{node.name}.pixels"), name=f"{node.name}.found", axis=2)
