@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zsq.errors import UsageError
-from zsq.pictures import DAMAGED_ARCHIVE, Reader, Source, normalise, one_line, prepare
+from zsq.errors import UsageError, one_line
+from zsq.pictures import DAMAGED_ARCHIVE, Reader, Source, normalise, prepare
 from zsq.teacher import ModelSpec
 
 MAX_SMALL_BYTES = 256 * 2**20  # an array that unpacks to more is refused ...

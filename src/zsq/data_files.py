@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zsq.errors import UsageError
-from zsq.pictures import DAMAGED_ARCHIVE, ENDINGS, Source, one_line, picture_reader
+from zsq.errors import UsageError, one_line
+from zsq.pictures import DAMAGED_ARCHIVE, ENDINGS, Source, picture_reader
 from zsq.teacher import ModelSpec
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from zsq.errors import UsageError
-from zsq.pictures import Source, one_line
+from zsq.errors import UsageError, one_line
+from zsq.pictures import Source
 from zsq.teacher import ModelSpec
 
 FILE = "images.safetensors"

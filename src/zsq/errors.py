@@ -20,6 +20,11 @@ class UsageError(ZsqError, ValueError):
     exit_code = 2
 
 
+def one_line(error: BaseException, *, limit: int | None = None) -> str:
+    """What an error says, on one line, without a full stop, of `limit` characters; its type if nothing."""
+    return " ".join(str(error).split())[:limit].rstrip(".") or type(error).__name__
+
+
 def import_extra(module: str, extra: str) -> ModuleType:
     """Import `module`, which the optional dependency `extra` brings.
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zsq.errors import UsageError
+from zsq.errors import UsageError, one_line
 from zsq.teacher import ModelSpec
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -162,7 +162,3 @@ def _decode(fetch: Callable[[int], Any], index: int, name_of: Callable[[int], st
             f"The picture {name_of(index)} cannot be read ({one_line(error)}). Expected an undamaged file "
             f"in one of the formats {', '.join(FORMATS)}; replace it or leave it out."
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

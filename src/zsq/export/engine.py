@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zsq.errors import JobError, UsageError, import_extra
+from zsq.errors import JobError, UsageError, import_extra, one_line
 from zsq.export.account import account_of
 from zsq.export.builder import EXTRA
 from zsq.models import ModelSpec
@@ -76,9 +76,9 @@ class EngineModel(nn.Module):
                 enable_fallback=0,  # it prints, and there is nothing to fall back to
             )
         except Exception as error:  # its exceptions share no base class
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, limit=300)
             raise JobError(
-                f"ONNX Runtime {runtime.__version__} does not load the network: {reason}"
+                f"ONNX Runtime {runtime.__version__} does not load the network: {reason}."
             ) from error
         self.outputs = [output.name for output in self._session.get_outputs()]
         self._input = self._session.get_inputs()[0]
@@ -104,8 +104,8 @@ class EngineModel(nn.Module):
         try:
             outputs = self._session.run(None, {self._input.name: array})
         except Exception as error:  # its exceptions share no base class
-            reason = " ".join(str(error).split())[:300]
-            raise JobError(f"ONNX Runtime does not run the network: {reason}") from error
+            reason = one_line(error, limit=300)
+            raise JobError(f"ONNX Runtime does not run the network: {reason}.") from error
         found = [torch.from_numpy(y) for y in outputs]
         return found[0] if len(found) == 1 else tuple(found)
 

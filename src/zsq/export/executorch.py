@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from zsq.errors import JobError, UsageError, import_extra
+from zsq.errors import JobError, UsageError, import_extra, one_line
 from zsq.export.account import account_of, read_account, spec_in, write_with_account
 from zsq.export.engine import EngineFile, check_input
 from zsq.export.integer import reads_codes
@@ -52,7 +52,7 @@ class ExecuTorchModel(nn.Module):
             self._forward = self._program.load_method("forward")
             self.input_shape = tuple(self._forward.metadata.input_tensor_meta(0).sizes())
         except RuntimeError as error:
-            raise JobError(f"ExecuTorch does not load the program: {_brief(error)}") from error
+            raise JobError(f"ExecuTorch does not load the program: {one_line(error, limit=300)}.") from error
 
     def forward(self, images: Tensor) -> Any:
         """The outputs, float32, on the CPU; one tensor if there is one."""
@@ -196,7 +196,8 @@ def _lower(module: fx.GraphModule, size: tuple[int, ...]) -> tuple[bytes, tuple[
             content = bytes(edge.to_executorch().buffer)
     except Exception as error:  # its passes raise whatever they meet
         raise JobError(
-            f"ExecuTorch {_version()} does not lower the network: {_brief(error)} Use --to onnx."
+            f"ExecuTorch {_version()} does not lower the network: {one_line(error, limit=300)}. "
+            "Use --to onnx."
         ) from error
     nodes = [n for n in edge.exported_program().graph.nodes if n.op == "call_function"]
     schemas = [getattr(getattr(n.target, "_op", None), "_schema", None) for n in nodes]
@@ -230,8 +231,3 @@ def _version() -> str:
     from importlib.metadata import version
 
     return version("executorch")
-
-
-def _brief(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    return text if text.endswith(".") else f"{text}."

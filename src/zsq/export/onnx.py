@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from zsq._version import __version__
-from zsq.errors import JobError, UsageError, import_extra
+from zsq.errors import JobError, UsageError, import_extra, one_line
 from zsq.export.account import account_of, write_with_account
 from zsq.export.builder import EXTRA, Builder
 from zsq.export.codes import stored_activation, stored_weight
@@ -235,9 +235,9 @@ def serialized(model: "ir.Model") -> bytes:
     try:
         onnx.checker.check_model(content, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise JobError(
-            f"ONNX's checker refuses the exported model, so no file was written: {reason}"
+            f"ONNX's checker refuses the exported model, so no file was written: {reason}."
         ) from error
     return content
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zsq.errors import JobError, import_extra
+from zsq.errors import JobError, import_extra, one_line
 from zsq.export.account import VERIFIED
 from zsq.export.verify import OutputDifference, Reference, differences, run_in_chunks
 
@@ -44,8 +44,8 @@ class OpenVinoModel(nn.Module):
             threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
             self._compiled = core.compile_model(network, "CPU", {**properties, **threads})
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise JobError(f"OpenVINO {openvino.__version__} does not load the network: {reason}") from error
+            reason = one_line(error, limit=300)
+            raise JobError(f"OpenVINO {openvino.__version__} does not load the network: {reason}.") from error
         self.outputs = [output.get_any_name() for output in self._compiled.outputs]
 
     @property

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zsq.errors import JobError, UsageError, import_extra
+from zsq.errors import JobError, UsageError, import_extra, one_line
 from zsq.images.prompts import Prompt, TextToImage
 from zsq.paths import user_path
 from zsq.rng import derived_seed
@@ -70,7 +70,7 @@ def _diffusers(settings: TextToImage) -> Iterator[tuple[Any, dict[str, Any]]]:
                 "DPMSolverMultistepScheduler."
             ) from error
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            summary = " ".join(str(error).split())[:300].rstrip(".")
+            summary = one_line(error, limit=300)
             raise UsageError(
                 f"The text-to-image pipeline {settings.pipeline!r} cannot be loaded ({summary}). Expected a "
                 "name on the Hugging Face hub with safetensors weights, or a folder that save_pretrained of "
@@ -152,7 +152,7 @@ def paint(
         try:
             pictures = _call(pipeline, settings, [prompts[k] for k in missing], seeds)
         except (RuntimeError, ValueError, TypeError) as error:
-            summary = " ".join(str(error).split())[:300].rstrip(".")
+            summary = one_line(error, limit=300)
             raise JobError(
                 f"The text-to-image pipeline failed ({summary}). Check synthesis.size, a smaller "
                 "synthesis.batch_size, and that the pipeline takes prompts alone. What is finished is kept."
