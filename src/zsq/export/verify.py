@@ -14,9 +14,8 @@ from zsq.export.account import VERIFIED
 from zsq.export.bisect import CHUNK, MAX_ERROR, first_difference, relative_error
 from zsq.export.builder import EXTRA
 from zsq.export.engine import LEVELS, EngineModel, SessionOptions
-from zsq.graph.nodes import LAYERS
+from zsq.graph.nodes import LAYERS, MOVES
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
-from zsq.quant.scheme import MOVES
 
 NUM_IMAGES = 128
 MAX_DISAGREEMENT = 0.01  # share of positions whose class differs, beyond which a file is refused

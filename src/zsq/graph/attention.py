@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import fx
 
-from zsq.graph.nodes import aten
+from zsq.graph.nodes import MOVES, aten
 
 PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.einsum.default})
 SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default})
@@ -24,13 +24,9 @@ _RESHAPES = frozenset(
 
 
 # Operations through which a product reaches what it divides.
-_PARTS = _RESHAPES | {
-    aten.slice.Tensor,
+_PARTS = MOVES | {
+    aten.expand.default,
     aten.select.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.transpose.int,
-    aten.permute.default,
     aten.chunk.default,
     aten.split.Tensor,
     aten.split_with_sizes.default,

@@ -8,7 +8,7 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from zsq.errors import UsageError
-from zsq.graph.nodes import aten
+from zsq.graph.nodes import aten, writes_in_place
 from zsq.graph.tensors import device_of
 
 # Operations that return their first argument itself on a model in eval mode.
@@ -103,10 +103,8 @@ def remove_in_place(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
-        target = node.target
-        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-            continue
-        if not target._schema.is_mutable or not target._schema.name.endswith("_"):
+        target: Any = node.target
+        if not writes_in_place(node) or not target._schema.name.endswith("_"):
             continue
         packet = getattr(aten, target._schema.name.split("::")[1][:-1], None)
         overload = getattr(packet, target._overloadname, None)
@@ -127,23 +125,19 @@ def remove_identities(graph_module: fx.GraphModule) -> None:
         source = node.args[0] if node.args else None
         if node.op != "call_function" or not isinstance(source, fx.Node):
             continue
-        noop = node.target in IDENTITIES or (
-            node.target is aten.slice.Tensor and _shape(node) is not None and _shape(node) == _shape(source)
-        )
-        noop = noop or (node.target in CASTS and _kind(node) is not None and _kind(node) == _kind(source))
-        if noop:
+        if _returns(node, source):
             node.replace_all_uses_with(source)
             graph_module.graph.erase_node(node)
 
 
-def _shape(node: fx.Node) -> tuple[str, ...] | None:
-    value = node.meta.get("val")
-    return tuple(map(str, value.shape)) if isinstance(value, Tensor) else None
-
-
-def _kind(node: fx.Node) -> tuple[torch.dtype, torch.device] | None:
-    value = node.meta.get("val")
-    return (value.dtype, value.device) if isinstance(value, Tensor) else None
+def _returns(node: fx.Node, source: fx.Node) -> bool:
+    """Whether an operation returns the very tensor that it reads."""
+    result, value = node.meta.get("val"), source.meta.get("val")
+    if node.target in IDENTITIES or not (isinstance(result, Tensor) and isinstance(value, Tensor)):
+        return node.target in IDENTITIES
+    if node.target in CASTS:
+        return (result.dtype, result.device) == (value.dtype, value.device)
+    return node.target is aten.slice.Tensor and str(result.shape) == str(value.shape)
 
 
 def accept_any_strides(graph_module: fx.GraphModule) -> None:

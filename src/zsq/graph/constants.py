@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from zsq.graph.nodes import LAYERS, activations, aten, module_path
+from zsq.graph.nodes import LAYERS, activations, aten, module_path, writes_in_place
 from zsq.graph.tensors import get_tensor, make_submodule
 
 IMAGES = 2  # for which tensors as long as the batch are computed, to see whether all images have the same
@@ -18,27 +18,9 @@ def fold_constants(graph_module: fx.GraphModule) -> None:
     is kept for one and expanded. So no layer is left whose input does not depend on the images.
     """
     graph = graph_module.graph
-    images = next(node for node in graph.nodes if node.op == "placeholder")
-    varying = set(activations(graph))
-    written = any(_writes(node) for node in graph.nodes if node not in varying)
-    known: dict[fx.Node, Any] = {}  # tensors, tuples of them and sizes, for `IMAGES` images
-    of_batch: set[fx.Node] = set()  # those of them that depend on the number of images
-    for node in list(graph.nodes):
-        if node.op == "output" or (node in varying and _size(node, images) is None):
-            continue
-        size = _size(node, images)
-        if size is not None:
-            known[node] = size
-            of_batch.add(node)
-        elif node.op == "get_attr":
-            tensor = get_tensor(graph_module, str(node.target))
-            known[node] = tensor.clone() if written else tensor
-        elif _counts(node) and all(a in known for a in node.all_input_nodes):
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
-            with torch.no_grad():
-                known[node] = node.target(*args, **kwargs)
-            if any(a in of_batch for a in node.all_input_nodes):
-                of_batch.add(node)
+    varying = activations(graph)
+    images = varying[0]
+    known, of_batch = _values(graph_module, set(varying), images)
     for node in list(graph.nodes):
         value = known.get(node)
         if node.op != "call_function" or not isinstance(value, Tensor):
@@ -62,14 +44,38 @@ def fold_constants(graph_module: fx.GraphModule) -> None:
             graph.erase_node(node)
 
 
+def _values(
+    graph_module: fx.GraphModule, varying: set[fx.Node], images: fx.Node
+) -> tuple[dict[fx.Node, Any], set[fx.Node]]:
+    """What does not depend on the images, or on their number alone: tensors, tuples of them, sizes.
+
+    Returns:
+        The values for `IMAGES` images, and which of them depend on that number.
+    """
+    nodes = [n for n in graph_module.graph.nodes if n not in varying and n.op != "output"]
+    written = any(map(writes_in_place, nodes))
+    known: dict[fx.Node, Any] = {}
+    of_batch: set[fx.Node] = set()
+    for node in nodes:
+        size = _size(node, images)
+        if size is not None:
+            known[node] = size
+            of_batch.add(node)
+        elif node.op == "get_attr":
+            tensor = get_tensor(graph_module, str(node.target))
+            known[node] = tensor.clone() if written else tensor
+        elif _counts(node) and all(a in known for a in node.all_input_nodes):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
+            with torch.no_grad():
+                known[node] = node.target(*args, **kwargs)
+            if any(a in of_batch for a in node.all_input_nodes):
+                of_batch.add(node)
+    return known, of_batch
+
+
 def _counts(node: fx.Node) -> bool:
     """Whether an operation is read or writes in place: no assertion, for one."""
-    return node.op == "call_function" and (bool(node.users) or _writes(node))
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether an operation writes in place."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return node.op == "call_function" and (bool(node.users) or writes_in_place(node))
 
 
 def _size(node: fx.Node, images: fx.Node) -> int | None:

@@ -19,6 +19,27 @@ LAYERS: dict[Any, int] = {  # operation -> axis of its weight that counts output
     aten.linear.default: 0,
 }
 
+# Operations that move values without changing them; zero padding adds zeros, which quantizers represent.
+MOVES = frozenset(
+    {
+        aten.slice.Tensor,
+        aten.pad.default,
+        aten.constant_pad_nd.default,
+        aten.view.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.permute.default,
+        aten.roll.default,
+        aten.transpose.int,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.unsqueeze.default,
+        aten.contiguous.default,
+        aten.clone.default,
+    }
+)
+
 
 def weight_node(node: fx.Node) -> fx.Node | None:
     """The get_attr node of a convolution's or linear layer's weight; None for any other node."""
@@ -34,6 +55,11 @@ def layer_name(node: fx.Node) -> str:
     if weight is None:
         raise ValueError(f"{node.name} has no weight")
     return str(weight.target).rpartition(".")[0] or str(weight.target)
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether an operation changes a tensor that it is given."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def module_path(node: fx.Node) -> str:

@@ -8,32 +8,12 @@ from torch import fx
 
 from zsq.errors import UsageError
 from zsq.graph.attention import operands, softmax_before
-from zsq.graph.nodes import activations, aten, weight_node
+from zsq.graph.nodes import MOVES, activations, aten, weight_node
 
 ENDS = ("8bit", "same")
 PLACEMENTS = ("research", "engine")
 SOFTMAX_CODES = ("uniform", "log2")
 RESIDUAL_STREAMS = ("float", "quantized")
-# Operations that move values without changing them; zero padding adds zeros, which quantizers represent.
-MOVES = frozenset(
-    {
-        aten.slice.Tensor,
-        aten.pad.default,
-        aten.constant_pad_nd.default,
-        aten.view.default,
-        aten.reshape.default,
-        aten.flatten.using_ints,
-        aten.permute.default,
-        aten.roll.default,
-        aten.transpose.int,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.squeeze.default,
-        aten.unsqueeze.default,
-        aten.contiguous.default,
-        aten.clone.default,
-    }
-)
 ADDITIONS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 # Normalisations by statistics of the tensor itself, unlike BatchNorm's stored ones.
 NORMS = frozenset({aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default})
