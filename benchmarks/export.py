@@ -13,9 +13,7 @@ Finished rows are kept.
 
 import argparse
 import copy
-import importlib
 import json
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from random_networks import import_timm, show_noise
 from torch import Tensor, nn
 
 import zsq
@@ -105,17 +104,11 @@ def _digits(limit: int) -> Network:
 
 
 def _random_timm(name: str) -> zsq.Teacher:
-    sys.path.insert(0, str(ROOT.parent / "tests"))
-    timm: Any = importlib.import_module("timm_shim").import_timm()
+    timm = import_timm()
     torch.manual_seed(0)
     network: nn.Module = timm.create_model(name, pretrained=False)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-    with torch.no_grad():
-        network.train()(torch.randn(16, 3, 224, 224))
     return zsq.Teacher(
-        network.eval(),
+        show_noise(network, torch.randn(16, 3, 224, 224)),
         input_size=(3, 224, 224),
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),

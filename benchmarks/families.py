@@ -9,16 +9,15 @@ rounded to nearest) and its ONNX file, checked in ONNX Runtime. Finished rows ar
 """
 
 import argparse
-import importlib
 import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from random_networks import import_timm, show_noise
+from torch import nn
 
 import zsq
 from zsq.errors import ZsqError
@@ -27,8 +26,8 @@ from zsq.files import write_atomic
 from zsq.graph.blocks import split
 from zsq.graph.capture import capture
 from zsq.graph.nodes import activations, weight_node
+from zsq.recover.losses import energies, signal_to_noise
 
-ROOT = Path(__file__).parent
 NETWORKS = """
     test_nfnet test_convnext test_mambaout test_byobnet test_vit starnet_s050 test_coatnet lcnet_035
     test_vit_relpos dla46x_c mnasnet_small mobilevit_xxs repghostnet_050 edgenext_xx_small
@@ -58,12 +57,7 @@ def random_network(timm: Any, name: str) -> tuple[nn.Module, tuple[int, int, int
     except (AssertionError, RuntimeError):
         channels, height, width = timm.get_pretrained_cfg(name).input_size
         size = channels, height, width
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-            module.momentum = None
-    with torch.no_grad():
-        network.train()(torch.randn(NUM_IMAGES, *size))
-    return network.eval().requires_grad_(False), size
+    return show_noise(network, torch.randn(NUM_IMAGES, *size)).requires_grad_(False), size
 
 
 def row(timm: Any, name: str) -> dict[str, Any]:
@@ -80,7 +74,7 @@ def row(timm: Any, name: str) -> dict[str, Any]:
         settings = {"num_holdout": 0}
         run = zsq.quantize(teacher, recipe="given-nearest", bits="W8A8", images=images, overrides=settings)
         with torch.no_grad():
-            found["decibels"] = decibels(network(images), run.student(images))
+            found["decibels"] = signal_to_noise(*energies(network(images), run.student(images)))
         with tempfile.TemporaryDirectory() as folder:
             export = export_onnx(run, Path(folder) / "student.onnx")
         found["bytes"] = export.size
@@ -88,11 +82,6 @@ def row(timm: Any, name: str) -> dict[str, Any]:
     except ZsqError as error:
         found["error"] = str(error)
     return found
-
-
-def decibels(wanted: Tensor, got: Tensor) -> float:
-    """Signal-to-noise ratio."""
-    return float(10 * torch.log10(wanted.square().sum() / (wanted - got).square().sum()))
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -132,8 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=Path, default=Path("runs/families/rows.jsonl"))
     parser.add_argument("--write", type=Path, help="Markdown file to write the table to")
     options = parser.parse_args(arguments)
-    sys.path.insert(0, str(ROOT.parent / "tests"))
-    timm = importlib.import_module("timm_shim").import_timm()
+    timm = import_timm()
     options.rows.parent.mkdir(parents=True, exist_ok=True)
     lines = options.rows.read_text().splitlines() if options.rows.exists() else []
     rows: dict[str, dict[str, Any]] = {line["network"]: line for line in map(json.loads, lines)}
