@@ -33,7 +33,7 @@ from zsq.pipeline import quantize, synthesize_images
 from zsq.recipe import Recipe
 from zsq.recipe_images import Batches
 from zsq.stages import captured
-from zsq.student_images import attached
+from zsq.student_networks import attached
 
 NETWORKS = Path(__file__).with_name("w8a8.toml")
 HELD_OUT = 32  # images to predict from, as many as a run holds out

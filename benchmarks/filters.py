@@ -26,7 +26,8 @@ from zsq.given_images import with_given_images
 from zsq.images.prior import input_prior
 from zsq.rng import rng_for
 from zsq.stages import captured
-from zsq.student_images import attached, check_shaping, kept_images
+from zsq.student_images import check_shaping, kept_images
+from zsq.student_networks import attached
 
 METHODS = ("energy", "bn_sensitivity", "patch_entropy", "gradient_cover", "random")
 KINDS = ("noise", "another data set", "duplicates")

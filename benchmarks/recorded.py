@@ -29,7 +29,7 @@ from zsq.pipeline import compose_recipe, quantize
 from zsq.recover.reconstruct import reconstruct
 from zsq.rng import rng_for
 from zsq.stages import captured
-from zsq.student_images import attached
+from zsq.student_networks import attached
 
 RECORDED, PLAIN = 3, sys.maxsize  # steps before one is recorded
 DEVICE = torch.device("cuda")

@@ -75,19 +75,24 @@ ALLOWED: dict[str, set[str]] = {
     "run": GROUND | MODELS | {"images", "student", "run_record", "files"},
     "run_record": {"errors"},
     "without_images": GROUND | SETTINGS | {"graph", "quant", "images", "recover"},
-    "student_images": GROUND
+    "student_networks": GROUND
     | MODELS
     | SETTINGS
     | {"graph", "quant", "images", "recover", "progress", "state", "without_images"},
+    "student_images": GROUND
+    | MODELS
+    | SETTINGS
+    | {"graph", "images", "progress", "state", "student_networks"},
     "account": {"distributed", "progress", "health"},
     "student_fine_tuning": GROUND
     | SETTINGS
     | MODELS
-    | {"graph", "recover", "images", "account", "progress", "state", "student_images", "class_images"},
+    | {"graph", "recover", "images", "account", "progress", "state", "student_networks", "class_images"},
     "recipe_images": GROUND
     | MODELS
     | SETTINGS
-    | {"graph", "images", "account", "progress", "state", "student_images", "text_images", "class_images"},
+    | {"graph", "images", "account", "progress", "state", "student_networks", "student_images"}
+    | {"text_images", "class_images"},
     "given_images": GROUND | MODELS | SETTINGS,
     "class_images": GROUND | MODELS | SETTINGS | {"graph", "images", "account", "progress", "state"},
     "text_images": GROUND | MODELS | SETTINGS | DATA | {"graph", "images", "account", "progress", "state"},

@@ -28,7 +28,8 @@ from zsq.recipes import get_recipe
 from zsq.resume import finished_run, identity_of, open_state
 from zsq.run import FORMAT, RECORD, STATE, Run, write_images
 from zsq.stages import captured, check_graph, run_stages
-from zsq.student_images import attached, refines
+from zsq.student_images import refines
+from zsq.student_networks import attached
 from zsq.text_images import plan_identity
 
 

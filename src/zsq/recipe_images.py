@@ -25,7 +25,8 @@ from zsq.progress import Progress
 from zsq.recipe import GaussianNoise, GivenImages, Recipe
 from zsq.rng import derived_seed, rng_for
 from zsq.state import State
-from zsq.student_images import Networks, kept_images, refined_images, refines
+from zsq.student_images import kept_images, refined_images, refines
+from zsq.student_networks import Networks
 from zsq.text_images import prompt_records, prompts_of, text_images, text_names
 
 logger = logging.getLogger(__name__)

@@ -41,7 +41,8 @@ from zsq.run import Run
 from zsq.state import State
 from zsq.student import stored_bytes
 from zsq.student_fine_tuning import check_losses, fine_tuned
-from zsq.student_images import Networks, attached, check_shaping, learn
+from zsq.student_images import check_shaping
+from zsq.student_networks import Networks, attached, learn
 from zsq.text_images import class_names
 from zsq.without_images import check_statistics
 

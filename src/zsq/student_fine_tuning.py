@@ -15,7 +15,7 @@ from zsq.recover.fine_tune import PIECE, FineTuningResult, fine_tune
 from zsq.recover.network_outputs import looked_at
 from zsq.recover.unit_maps import map_unit
 from zsq.state import State
-from zsq.student_images import Networks
+from zsq.student_networks import Networks
 
 
 def check_losses(graph: fx.GraphModule, settings: Recipe) -> None:
