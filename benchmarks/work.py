@@ -5,7 +5,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from zsq.quant.choice import Choice
+from zsq.quant.fused import Kernels
 
 aten = torch.ops.aten
 GEMM_SIZE, COPY_FLOATS = 2048, 2**25
@@ -54,9 +58,35 @@ class WorkCounter(TorchDispatchMode):
 
 def count_work(program: Callable[[], Any]) -> Work:
     """Run a program and count what it does."""
-    with WorkCounter() as counter:
+    with WorkCounter() as counter, compiled_loops_counted(counter):
         program()
     return Work(macs=counter.macs, moved=counter.moved)
+
+
+@contextmanager
+def compiled_loops_counted(counter: WorkCounter) -> Iterator[None]:
+    """Within it the counter also sees the bytes of zsq's compiled loops, no operations of PyTorch."""
+    plain = {name: getattr(Kernels, name) for name in ("learned_step", "learned_step_backward", "mixed_rows")}
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            result = plain[name](*args, **options)
+            written = _tensors(result)
+            read = [*_tensors(args), *(arg.draws for arg in args if isinstance(arg, Choice))]
+            if name == "mixed_rows":  # of both tensors as many rows as are written
+                read = [*read[2:], *written, *written]
+            counter.moved += sum(t.numel() * t.element_size() for t in (*read, *written))
+            return result
+
+        return call
+
+    try:
+        for name in plain:
+            setattr(Kernels, name, counted(name))
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(Kernels, name, function)
 
 
 def added_memory(program: Callable[[], Any], device: torch.device) -> float:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from zsq.distributed import ALONE, Group, joined, local_device, spread
 from zsq.errors import UsageError
-from zsq.quant.dropping import Rows, random_choice
+from zsq.quant.choice import Rows, random_choice
 from zsq.run import load_run
 
 HERE = Path(__file__).parent
@@ -185,11 +185,11 @@ def test_processes_together_draw_what_one_draws() -> None:
         return torch.Generator().manual_seed(0)
 
     for rows_an_image in (1, 4):
-        whole = random_choice(torch.empty(7 * rows_an_image, 3, 5), 0.3, rng())
+        whole = random_choice(torch.empty(7 * rows_an_image, 3, 5), 0.3, rng()).draws
         parts = [
             random_choice(
                 torch.empty((s.stop - s.start) * rows_an_image, 3, 5), 0.3, rng(), Rows(s.start, s.stop, 7)
-            )
+            ).draws
             for s in (Group(rank, 3).share(7) for rank in range(3))
         ]
         assert torch.equal(torch.cat(parts), whole)

@@ -36,6 +36,7 @@ def test_table() -> None:
     lines = [" ".join(line.split()) for line in result.output.splitlines()]
     assert lines[0].startswith("zsq ") and f"Python {sys.version.split()[0]}" in lines[0]
     assert lines[1].startswith("devices: cpu")
+    assert lines[2].startswith("C compiler: ")
     assert "good ready: something" in lines and "bad missing no_such_package: another thing" in lines
     assert "pip install 'zsq[bad]'" in lines and "pip install 'zsq[good]'" not in lines
     assert "broken_package: operator torchvision::nms is not there" in lines
@@ -47,6 +48,15 @@ def test_json() -> None:
     assert found["extras"]["bad"]["packages"]["no_such_package"]["version"] is None
     broken = found["extras"]["sad"]["packages"]["broken_package"]
     assert broken["version"] == "1.2" and not broken["usable"]
+
+
+def test_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zsq.quant.fused.kernels", lambda: None)
+    output = " ".join(CliRunner().invoke(app, ["doctor"]).output.split())
+    assert "C compiler: none that works; results are the same" in output and "ZSQ_COMPILER" in output
+    monkeypatch.setattr("zsq.quant.fused.kernels", lambda: "some")
+    found = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).output)
+    assert found["compiled_loops"] == {"usable": True, "problem": None}
 
 
 def test_every_extra_of_the_package_is_known() -> None:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from zsq.graph.blocks import extract
 from zsq.quant.affine import fake_quantize_learned
 from zsq.quant.calibrate import calibrate
-from zsq.quant.dropping import DroppingQuantizer, dropping, mix, random_choice
+from zsq.quant.choice import Choice, random_choice
+from zsq.quant.dropping import DroppingQuantizer, dropping
 from zsq.quant.quantizers import ActivationQuantizer
 from zsq.recipe import Calibration
+from zsq.recover.unit_tensors import take_mixed
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -28,7 +30,7 @@ def within_bounds(mask: Tensor, prob: float) -> bool:
 
 @pytest.mark.parametrize("prob", [0.0, 1 / 256, 0.125, 0.25, 0.5, 0.75, 1.0])
 def test_random_choice_has_its_probability_wherever_in_a_draw(prob: float) -> None:
-    mask = random_choice(torch.empty(400, 504), prob, rng())
+    mask = random_choice(torch.empty(400, 504), prob, rng()).mask()
     assert mask.dtype == torch.float32 and mask.shape == (400, 504)
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
     eighths = mask.view(-1, 8).unbind(1)  # eight elements share a draw
@@ -42,37 +44,43 @@ def test_random_choice_has_its_probability_wherever_in_a_draw(prob: float) -> No
 
 def test_random_choice_is_a_function_of_its_generator() -> None:
     x = torch.empty(3, 5, 7)  # odd: part of the last draw is not used
-    a, b, c = (random_choice(x, 0.5, rng(seed)) for seed in (1, 1, 2))
+    a, b, c = (random_choice(x, 0.5, rng(seed)).draws for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
     generator = rng(1)
-    assert torch.equal(random_choice(x, 0.5, generator), a)
-    assert not torch.equal(random_choice(x, 0.5, generator), a)
-    assert random_choice(torch.empty(()), 1.0, rng()).item() == 1
-    assert random_choice(torch.empty(0, 3), 0.5, rng()).shape == (0, 3)
+    assert torch.equal(random_choice(x, 0.5, generator).draws, a)
+    assert not torch.equal(random_choice(x, 0.5, generator).draws, a)
+    assert random_choice(torch.empty(()), 1.0, rng()).mask().item() == 1
+    assert random_choice(torch.empty(0, 3), 0.5, rng()).draws.shape == (0, 3)
 
 
 def test_random_choice_has_the_memory_format_of_its_argument() -> None:
     x = torch.empty(2, 3, 4, 5)
-    assert random_choice(x, 0.5, rng()).is_contiguous()
+    assert random_choice(x, 0.5, rng()).draws.is_contiguous()
     chosen = random_choice(x.contiguous(memory_format=torch.channels_last), 0.5, rng())
-    assert chosen.is_contiguous(memory_format=torch.channels_last)
-    assert random_choice(x[:, :, :, ::2], 0.5, rng()).shape == (2, 3, 4, 3)
+    assert chosen.draws.is_contiguous(memory_format=torch.channels_last)
+    assert chosen.mask().is_contiguous(memory_format=torch.channels_last)
+    assert random_choice(x[:, :, :, ::2], 0.5, rng()).draws.shape == (2, 3, 4, 3)
 
 
 def test_mix_takes_every_element_from_one_of_the_two() -> None:
-    x, other = torch.zeros(100, 100), torch.ones(100, 100)
-    mixed = mix(x, other, 0.3, rng())
+    x, other, every = torch.zeros(100, 100), torch.ones(100, 100), torch.arange(100)
+    mixed = take_mixed(x, other, every, 0.3, rng())
     assert set(mixed.unique().tolist()) == {0.0, 1.0}
     assert within_bounds(mixed, 77 / 256)
-    assert torch.equal(mix(x, other, 0.0, rng()), x) and torch.equal(mix(x, other, 1.0, rng()), other)
-    assert not mix(x.clone().requires_grad_(), other, 0.5, rng()).requires_grad
+    for prob, expected in ((0.0, x), (1.0, other)):
+        assert torch.equal(take_mixed(x, other, every, prob, rng()), expected)
+    assert not take_mixed(x.clone().requires_grad_(), other, every, 0.5, rng()).requires_grad
+    other = torch.arange(100.0)[:, None].expand(100, 100).contiguous()
+    index = torch.tensor([7, 3, 7])
+    assert torch.equal(take_mixed(x, other, index, 1.0, rng()), other[index])
+    assert len(take_mixed(x, other, torch.zeros(150, dtype=torch.int64), 0.5, rng())) == 150
 
 
-def reference(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, keep: Tensor) -> Tensor:
+def reference(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, kept: Tensor) -> Tensor:
     """torch.where between the value itself and a clip with a straight-through rounding."""
     clipped = (x / scale).clamp(0 - zero_point, qmax - zero_point)
     quantized = scale * (clipped + (clipped.round() - clipped).detach())
-    return torch.where(keep == 1, x, quantized)
+    return torch.where(kept, x, quantized)
 
 
 @pytest.mark.parametrize("zero_point", [0.0, 3.0])
@@ -88,21 +96,24 @@ def test_keeping_elements_against_autograd(
     scale = torch.tensor(0.7, requires_grad=wanted != "x")
     zero, grad = torch.tensor(zero_point), torch.randn(3, 4, 6, 5, generator=rng(1))
     keep = random_choice(x, prob, rng(2))
+    kept = keep.mask() == 1
     y = fake_quantize_learned(x, scale, zero_point if as_number else zero, qmin=0, qmax=7, keep=keep)
-    expected = reference(x, scale, zero, 7, keep)
+    expected = reference(x, scale, zero, 7, kept)
     torch.testing.assert_close(y, expected)
-    assert torch.equal(y[keep == 1], x[keep == 1])
+    assert torch.equal(y[kept], x[kept])
     inputs = [t for t in (x, scale) if t.requires_grad]
     ours, theirs = (torch.autograd.grad(value, inputs, grad) for value in (y, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # sums of 360 float32 in another order
 
 
+def all_of(x: Tensor) -> Choice:
+    return Choice(torch.full_like(x, 255, dtype=torch.uint8), 256)
+
+
 def test_kept_values_pass_as_they_are() -> None:
     x = torch.tensor([0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, 1.0, -2.5, 0.1])
-    y = fake_quantize_learned(
-        x, torch.tensor(0.5), torch.tensor(0.0), qmin=0, qmax=3, keep=torch.ones_like(x)
-    )
+    y = fake_quantize_learned(x, torch.tensor(0.5), torch.tensor(0.0), qmin=0, qmax=3, keep=all_of(x))
     assert torch.equal(y, x)
 
 

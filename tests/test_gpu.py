@@ -23,7 +23,7 @@ from zsq.kernels import reproducible
 from zsq.models import Teacher
 from zsq.out_of_memory import in_chunks, return_unused
 from zsq.pipeline import quantize, synthesize_images
-from zsq.quant.dropping import random_choice
+from zsq.quant.choice import random_choice
 from zsq.recipe import GivenImages, Reconstruction
 from zsq.recipes import RECIPES
 from zsq.recipes.best import BEST
@@ -163,9 +163,9 @@ def test_channel_statistics(dtype: torch.dtype, layout: torch.memory_format) -> 
 def test_choices_have_their_probability() -> None:
     draw = torch.Generator(CUDA).manual_seed(0)
     x = torch.empty(64, 16, 8, 8, device=CUDA)
-    chosen = random_choice(x, 0.25, draw)
+    chosen = random_choice(x, 0.25, draw).mask()
     assert abs(float(chosen.mean()) - 0.25) < 0.01 and set(chosen.unique().tolist()) == {0.0, 1.0}
-    assert not torch.equal(chosen, random_choice(x, 0.25, draw))
+    assert not torch.equal(chosen, random_choice(x, 0.25, draw).mask())
 
 
 def test_convolutions_are_in_float32_and_repeat() -> None:

@@ -28,6 +28,7 @@ GROUND = {
     "paths",
     "replay",
     "kernels",
+    "compiled",
 }
 MODELS = {"architectures", "bundled", "weight_files", "teacher", "models"}
 SETTINGS = {

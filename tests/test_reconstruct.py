@@ -22,14 +22,14 @@ import zsq.recover.reconstruct as reconstruct_module
 from zsq.graph.blocks import Unit, extract
 from zsq.quant.attach import Quantizers
 from zsq.quant.calibrate import calibrate
-from zsq.quant.dropping import Rows, mix
+from zsq.quant.choice import Rows
 from zsq.quant.quantizers import ActivationQuantizer, LearnedRounding, WeightQuantizer, quantize_weight
 from zsq.quant.rounding import rectified_sigmoid
 from zsq.recipe import Calibration, Reconstruction
 from zsq.recover.learn_unit import UnitData, beta_at, minibatches
 from zsq.recover.losses import output_distance
 from zsq.recover.reconstruct import UnitResult, reconstruct
-from zsq.recover.unit_tensors import forward_in_chunks
+from zsq.recover.unit_tensors import forward_in_chunks, take_mixed
 from zsq.student import student_to_bytes
 
 FAST = Reconstruction(
@@ -295,14 +295,16 @@ def test_inputs_and_targets_of_every_unit(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_every_step_sees_distinct_images_and_mixes_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Tensor, Tensor]] = []
-    original = mix
+    original = take_mixed
 
-    def record(x: Tensor, other: Tensor, prob: float, rng: torch.Generator, rows: Rows) -> Tensor:
+    def record(
+        x: Tensor, other: Tensor, index: Tensor, prob: float, rng: torch.Generator, rows: Rows
+    ) -> Tensor:
         assert prob == 0.25 and rows == Rows(0, 16, 16)
-        calls.append((x, other))
-        return original(x, other, prob, rng, rows)
+        calls.append((x[index], other[index]))
+        return original(x, other, index, prob, rng, rows)
 
-    monkeypatch.setattr(learn_unit_module, "mix", record)
+    monkeypatch.setattr(learn_unit_module, "take_mixed", record)
     x = images(48)
     settings = replace(FAST, steps=6, input_mix_prob=0.25)
     run(attached(Residual, "W4A4"), x=x, settings=settings)

@@ -24,6 +24,9 @@ EXTRAS = {
 }
 
 
+LOOPS = "used for the loops of quantizers"
+
+
 def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """Show versions, devices and extras, and what each extra enables."""
     found = diagnosis()
@@ -32,6 +35,7 @@ def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:
         return
     lines = [f"zsq {found['zsq']}, torch {found['torch']}, Python {found['python']}, {found['platform']}"]
     lines.append(f"devices: {', '.join(found['devices'])}; {found['threads']} threads")
+    lines.append(f"C compiler: {found['compiled_loops']['problem'] or LOOPS}")
     for name, extra in found["extras"].items():
         packages = extra["packages"]
         missing = [package for package, state in packages.items() if state["version"] is None]
@@ -64,11 +68,25 @@ def diagnosis() -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": devices,
         "threads": torch.get_num_threads(),
+        "compiled_loops": _compiled_loops(),
         "extras": {
             name: {"enables": enables, "packages": _states(name, packages)}
             for name, (packages, enables) in EXTRAS.items()
         },
     }
+
+
+def _compiled_loops() -> dict[str, Any]:
+    """Whether the loops of quantizers are compiled here."""
+    from zsq.compiled import COMPILER
+    from zsq.quant.fused import kernels
+
+    without = (
+        "none that works; results are the same, learning on a CPU takes longer. Install gcc or clang, or "
+        f"name one in {COMPILER}"
+    )
+    usable = kernels() is not None
+    return {"usable": usable, "problem": None if usable else without}
 
 
 def _states(extra: str, packages: tuple[str, ...]) -> dict[str, dict[str, Any]]:

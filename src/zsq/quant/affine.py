@@ -8,11 +8,11 @@ Codes and zero points are integer-valued tensors of the dtype of `x`, so that on
 inference and packing. Use float32 or float64; half precision cannot hold x / scale to a fraction of a step.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from zsq.quant.choice import Choice
+from zsq.quant.learned_step import learned_step
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -138,74 +138,30 @@ def fake_quantize(
 
 
 def fake_quantize_learned(
-    x: Tensor, scale: Tensor, zero_point: Tensor | float, *, qmin: int, qmax: int, keep: Tensor | None = None
+    x: Tensor, scale: Tensor, zero_point: Tensor | float, *, qmin: int, qmax: int, keep: Choice | None = None
 ) -> Tensor:
     """`fake_quantize` per tensor, same bits, with gradients for `x` and `scale` (LSQ).
 
     With v = x / scale, and "inside" meaning qmin - zero_point <= v <= qmax - zero_point (before rounding):
     d/dx is 1 inside, 0 outside; d/dscale, summed over elements, is round(v) - v inside, qmin - zero_point
     below and qmax - zero_point above. LSQ's factor on the scale's gradient is left to the learning rate.
-    Two tensors as large as `x` are kept for the backward pass (one if the scale is not trained).
+    For the backward pass `x` is kept where the loops are compiled (`zsq.quant.fused`), else two tensors as
+    large (one if the scale is not trained); the numbers are the same.
 
     Args:
         x: activations, any shape; half precision is computed and returned in float32.
         scale: scalar > 0; the caller keeps it positive during training.
         zero_point: scalar, integer-valued, gets no gradient. As a number it spares four passes over `x`.
         qmin, qmax: integer limits.
-        keep: shape of `x`, 1.0 where the (finite) value passes as it is (gradient 1 for x, 0 for the scale),
-            0.0 where it is quantized. None quantizes all.
+        keep: elements of `x` whose (finite) value passes as it is (gradient 1 for x, 0 for the scale). None
+            quantizes all.
 
     Raises:
         ValueError: scale or zero point is not a scalar.
 
     Source: Esser et al., Learned Step Size Quantization, ICLR 2020, equations 2, 3 and 5.
     """
-    return _learned_step(x, scale, zero_point, qmin, qmax, keep)
-
-
-class _LearnedStep(torch.autograd.Function):
-    """Closed-form LSQ; its backward is linear in the incoming gradient and can be differentiated by it.
-
-    The output is scale * (code - zero point), so with m = 1 where the gradient passes (inside or kept), the
-    gradient of the scale is (output - m x) / scale: round(v) - v inside, the limit outside, 0 where kept.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | float,
-        qmin: int,
-        qmax: int,
-        keep: Tensor | None,
-    ) -> Tensor:
-        x = x.to(torch.promote_types(x.dtype, scale.dtype))
-        v = x / scale
-        # `passing` is 1.0 or 0.0: bool tensors are dear on a CPU.
-        if isinstance(zero_point, Tensor):
-            result = v.round().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point).mul_(scale)
-            v.add_(zero_point)
-            passing = v.clamp(qmin, qmax).eq_(v)
-        else:  # the limits are integers, so that it is one whether one clips or rounds first
-            result = v.clamp(qmin - zero_point, qmax - zero_point)
-            passing = v.eq_(result)
-            result.round_().mul_(scale)
-        if keep is not None:
-            result.lerp_(x, keep)
-            torch.maximum(passing, keep, out=passing)
-        residual = torch.addcmul(result, x, passing, value=-1) if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(passing, residual, scale)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        passing, residual, scale = ctx.saved_tensors
-        grad_scale = None if residual is None else (residual * grad).sum() / scale.detach()
-        return grad * passing if ctx.needs_input_grad[0] else None, grad_scale, None, None, None, None
-
-
-_learned_step: Callable[..., Tensor] = _LearnedStep.apply
+    return learned_step(x, scale, zero_point, qmin, qmax, keep)
 
 
 def _brief(values: Tensor) -> str:

@@ -115,7 +115,7 @@ class MovingRange(nn.Module):
         """Take notice of a minibatch; `x` rounded to at most 2^bits levels, without gradient."""
         self.sums.lerp_(torch.stack(minmax(x)), 1 - self.momentum)
         self.count += 1
-        return fake_quantize(x, *self.qparams(), qmin=0, qmax=2**self.bits - 1)
+        return fake_quantize_learned(x, *self.qparams(), qmin=0, qmax=2**self.bits - 1)
 
     def range(self) -> tuple[Tensor, Tensor]:
         """The averages (lo, hi), scalars; NaN before anything was seen."""
@@ -132,6 +132,8 @@ class _StraightThrough(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
     ) -> Tensor:
+        if axis is None:
+            return fake_quantize_learned(x, scale, zero_point, qmin=qmin, qmax=qmax)  # the same bits, sooner
         return fake_quantize(x, scale, zero_point, qmin=qmin, qmax=qmax, axis=axis)
 
     @staticmethod

@@ -14,14 +14,15 @@ from zsq.health import AGAIN, Watch
 from zsq.kernels import computing_in, reproducible
 from zsq.out_of_memory import no_room
 from zsq.quant.affine import MIN_SCALE
-from zsq.quant.dropping import Rows, dropping, mix
+from zsq.quant.choice import Rows
+from zsq.quant.dropping import dropping
 from zsq.quant.quantizers import ActivationQuantizer, LearnedRounding, WeightQuantizer
 from zsq.quant.rounding import rounding_regulariser
 from zsq.recipe import Reconstruction
 from zsq.recover.losses import output_distance
 from zsq.recover.storage import MEMORY, Storage
 from zsq.recover.unit_maps import UnitMaps
-from zsq.recover.unit_tensors import take
+from zsq.recover.unit_tensors import take, take_mixed
 from zsq.replay import Course, can_record, replayed
 
 RELEASE_EVERY = 16  # steps after which what was read of files leaves memory
@@ -112,7 +113,7 @@ def learn_unit(
     ) -> tuple[Tensor, Tensor]:
         """A step on images (n,): the loss, and of it how far outputs and maps are from the teacher's."""
         inputs = [
-            mix(take(s, index), take(t, index), settings.input_mix_prob, draw, rows)
+            take_mixed(s, t, index, settings.input_mix_prob, draw, rows)
             for s, t in zip(data.student_inputs, data.teacher_inputs, strict=True)
         ]
         distance = torch.zeros((), device=device)

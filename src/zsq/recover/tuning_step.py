@@ -10,7 +10,7 @@ from zsq.images.crops import crop, draw_crops
 from zsq.images.low_pass import low_pass, low_pass_gain
 from zsq.kernels import computing_in
 from zsq.out_of_memory import in_chunks
-from zsq.quant.dropping import Rows
+from zsq.quant.choice import Rows
 from zsq.recover.network_outputs import Observed, Outputs, joined, parts_of_loss
 from zsq.recover.settings import FineTuning, Mixup
 from zsq.recover.turns import Minibatch

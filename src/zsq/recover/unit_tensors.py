@@ -8,6 +8,8 @@ from torch import Tensor, fx, nn
 from zsq.graph.blocks import Unit, last_readers
 from zsq.graph.tensors import device_of
 from zsq.out_of_memory import in_chunks
+from zsq.quant.choice import Rows, random_choice
+from zsq.quant.fused import kernels_for
 from zsq.recover.storage import MEMORY, Storage
 
 CHUNK = 64  # images a forward pass when caching
@@ -65,6 +67,26 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return x.permute(0, 2, 3, 1).index_select(0, where).to(index.device).permute(0, 3, 1, 2)
     return x.index_select(0, where).to(index.device)
+
+
+def take_mixed(
+    x: Tensor, other: Tensor, index: Tensor, prob: float, rng: torch.Generator, rows: Rows | None = None
+) -> Tensor:
+    """`take(x, index)` with elements of `take(other, index)` with probability `prob`; no gradients.
+
+    Args:
+        x, other: finite, of one shape.
+        index: (n,).
+        prob: of an element of `other`.
+        rng: see `random_choice`.
+        rows: see `random_choice`.
+    """
+    x, other = x.detach(), other.detach()
+    fused = kernels_for((x, other)) if index.device == x.device and len(index) <= len(x) else None
+    if fused is not None:
+        return fused.mixed_rows(x, other, index, random_choice(x[: len(index)], prob, rng, rows))
+    taken = take(x, index)
+    return torch.lerp(taken, take(other, index), random_choice(taken, prob, rng, rows).mask())
 
 
 def chunk_pairs(
