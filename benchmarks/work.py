@@ -20,6 +20,7 @@ from zsq.quant.choice import Choice
 from zsq.quant.fused import Kernels
 
 aten = torch.ops.aten
+ALLOCATIONS = (aten.empty_like.default, aten.empty.memory_format, aten.empty_strided.default)
 GEMM_SIZE, COPY_FLOATS = 2048, 2**25
 
 
@@ -37,7 +38,7 @@ class Work:
 
 
 class WorkCounter(TorchDispatchMode):
-    """Counts the operations that run inside it, forward and backward; views count nothing."""
+    """Counts the operations that run inside it, forward and backward; views and allocations count nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ class WorkCounter(TorchDispatchMode):
         outputs = _tensors(result)
         inputs = _tensors((args, kwargs))
         self.macs += _macs(func, args, outputs)
-        if func.is_view or not outputs:
+        if func.is_view or not outputs or func in ALLOCATIONS:
             return result
         written = {t.data_ptr() for t in inputs}
         fresh = [t for t in outputs if t.data_ptr() not in written]
