@@ -184,6 +184,12 @@ def test_processes_together_draw_what_one_draws() -> None:
     def rng() -> torch.Generator:
         return torch.Generator().manual_seed(0)
 
+    whole_last = torch.empty(7, 3, 2, 5).contiguous(memory_format=torch.channels_last)
+    drawn = [
+        random_choice(whole_last[s.start : s.stop], 0.3, rng(), Rows(s.start, s.stop, 7)).draws
+        for s in (Group(rank, 3).share(7) for rank in range(3))
+    ]
+    assert torch.equal(torch.cat(drawn), random_choice(whole_last, 0.3, rng()).draws)
     for rows_an_image in (1, 4):
         whole = random_choice(torch.empty(7 * rows_an_image, 3, 5), 0.3, rng()).draws
         parts = [

@@ -120,11 +120,28 @@ def _arguments(x: Tensor, levels: Levels, keep: Choice | None) -> tuple[int | fl
 
 
 def _agrees(found: Kernels) -> bool:
-    """Whether they round as PyTorch does, ties and the outermost values included."""
+    """Whether they compute what PyTorch does, ties and the outermost values included."""
     rng = torch.Generator().manual_seed(0)
     special = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38])
     x = torch.cat([torch.arange(-20, 20) * 0.15, torch.randn(4099, generator=rng), special])
-    levels = Levels(torch.tensor(0.3), 2.0, 0, 7)
-    expected = (x / 0.3).clamp(-2, 5).round().mul(0.3)
-    same: bool = torch.equal(found.learned_step(x, levels, None), expected)
-    return same
+    grad, draws = torch.randn(len(x), generator=rng), torch.arange(len(x)).to(torch.uint8)
+    keep, levels = Choice(draws, 100), Levels(torch.tensor(0.3), 2.0, 0, 7)
+    v, kept = x / 0.3, draws < 100
+    result = torch.where(kept, x, v.clamp(-2, 5).round() * 0.3)
+    passing = kept | (v.clamp(-2, 5) == v)
+    terms = (result - x * passing) * grad
+    index = torch.tensor([1, 0])
+    rows, other = x.view(5, -1), grad.view(5, -1)
+    pairs = [
+        (found.learned_step(x, levels, keep), result),
+        *zip(
+            found.learned_step_backward(x, grad, levels, keep, of_scale=True),
+            (grad * passing, terms),
+            strict=True,
+        ),
+        (
+            found.mixed_rows(rows, other, index, Choice(draws.view(5, -1)[:2], 100)),
+            torch.where(kept.view(5, -1)[:2], other[index], rows[index]),
+        ),
+    ]
+    return all(a is not None and torch.equal(a, b) for a, b in pairs)
