@@ -11,7 +11,7 @@ import torch
 from quantization_networks import Residual, images, teacher
 
 import zsq
-from zsq import distributed
+from zsq import process_watch
 from zsq.distributed import ALONE, Group, joined
 from zsq.errors import JobError, UsageError
 from zsq.pipeline import quantize
@@ -94,8 +94,8 @@ def small_things(folder: Path, group: Group) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    distributed.BEAT_SECONDS = 0.2
-    distributed.SILENCE_SECONDS = 10.0  # also on a busy machine, no process is that slow
+    process_watch.BEAT_SECONDS = 0.2
+    process_watch.SILENCE_SECONDS = 10.0  # also on a busy machine, no process is that slow
     name, folder = sys.argv[1], Path(sys.argv[2])
     try:
         with joined() as joint:

@@ -29,6 +29,7 @@ GROUND = {
     "replay",
     "kernels",
     "compiled",
+    "process_watch",
 }
 MODELS = {"architectures", "bundled", "weight_files", "teacher", "models"}
 SETTINGS = {
@@ -103,7 +104,8 @@ ALLOWED: dict[str, set[str]] = {
     "generalisation": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover"},
     "sharpness": GROUND | MODELS | SETTINGS | {"graph", "quant", "images", "recover"},
     "export": GROUND | MODELS | SETTINGS | {"graph", "quant", "student", "run", "files"},
-    "distributed": {"errors"},
+    "distributed": {"errors", "process_watch"},
+    "process_watch": {"errors"},
     "out_of_memory": {"errors"},
     "health": {"errors", "distributed"},
     "paths": {"errors"},
@@ -111,7 +113,7 @@ ALLOWED: dict[str, set[str]] = {
     "inspection": GROUND | {"graph", "quant", "images"},
     "estimate": GROUND,
     "findings": GROUND | {"graph", "quant", "images"},
-    **{name: set() for name in GROUND - {"distributed", "out_of_memory", "health", "paths"}},
+    **{name: set() for name in GROUND - {"distributed", "out_of_memory", "health", "paths", "process_watch"}},
 }
 TOP = {
     "",
