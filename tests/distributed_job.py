@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -101,4 +102,6 @@ if __name__ == "__main__":
         with joined() as joint:
             {"whole": whole, "goes_on": goes_on, "small_things": small_things}[name](folder, joint)
     except JobError as failure:
+        if any(thread.name == "zsq-watch" for thread in threading.enumerate()):
+            sys.exit("the watch outlives the group, and may abort the interpreter as it ends")
         sys.exit(f"rank {os.environ['RANK']}: {failure}")

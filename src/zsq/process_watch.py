@@ -15,6 +15,7 @@ from zsq.errors import ZsqError
 logger = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0  # between signs of life
 SILENCE_SECONDS = 120.0  # without a sign of life a process counts as lost
+STOP_SECONDS = 5.0  # that the end waits for the last sign of life
 AGAIN = "The same command goes on from what was finished, with any number of processes."
 
 
@@ -30,11 +31,17 @@ class ProcessWatch:
         self._store = PrefixStore("zsq-watch", tcp)
         self._over = threading.Event()
         self._heard: dict[int, tuple[int, float]] = {}
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="zsq-watch", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
-        """No more signs of life; nothing is watched any more."""
+        """No more signs of life; nothing is watched any more.
+
+        Waits for the thread, unless the store does not answer: one that is in the store's code while the
+        interpreter ends aborts the process.
+        """
         self._over.set()
+        self._thread.join(STOP_SECONDS)
 
     def report(self, error: BaseException) -> None:
         """Leave word of why this process fails, if it is the first to."""
