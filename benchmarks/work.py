@@ -73,7 +73,8 @@ def compiled_loops_counted(counter: WorkCounter) -> Iterator[None]:
         def call(*args: Any, **options: Any) -> Any:
             result = plain[name](*args, **options)
             written = _tensors(result)
-            read = [*_tensors(args), *(arg.draws for arg in args if isinstance(arg, Choice))]
+            read = [t for t in _tensors(args) if t.ndim]  # scalars are read beforehand, as numbers
+            read += [arg.draws for arg in args if isinstance(arg, Choice)]
             if name == "mixed_rows":  # of both tensors as many rows as are written
                 read = [*read[2:], *written, *written]
             counter.moved += sum(t.numel() * t.element_size() for t in (*read, *written))

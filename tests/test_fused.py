@@ -222,7 +222,7 @@ def test_what_differs_is_not_used(
     assert "differs from PyTorch" in caplog.text
     x = values((64,))
     assert not torch.equal(
-        Kernels(library).learned_step(x, zsq.quant.fused.Levels(torch.tensor(0.5), 0.0, 0, 7), None),
+        Kernels(library).learned_step(x, torch.tensor(0.5), zsq.quant.fused.Limits(0.0, 0, 7), None),
         fake_quantize_learned(x, torch.tensor(0.5), 0.0, qmin=0, qmax=7),
     )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zsq.quant.choice import Choice
+from zsq.quant.fused import Limits
 from zsq.quant.learned_step import learned_step
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -161,7 +162,7 @@ def fake_quantize_learned(
 
     Source: Esser et al., Learned Step Size Quantization, ICLR 2020, equations 2, 3 and 5.
     """
-    return learned_step(x, scale, zero_point, qmin, qmax, keep)
+    return learned_step(x, scale, Limits(zero_point, qmin, qmax), keep)
 
 
 def _brief(values: Tensor) -> str:

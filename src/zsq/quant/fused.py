@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,19 +21,43 @@ _LONG, _INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ct
 _STEP: list[Any] = [_LONG, _INT, _POINTER, _POINTER, _INT, *[_FLOAT] * 5]  # up to what is written
 
 
-class Levels:
-    """What values are rounded to: multiples of `scale` from `lowest` to `highest` times it.
+class Limits(NamedTuple):
+    """What codes there are.
 
-    Args:
-        scale: scalar on the CPU.
-        zero_point: a number, or a scalar tensor on the CPU, which is added and taken off again.
+    Attributes:
+        zero_point: a number, or a scalar tensor, which is added and taken off again.
         qmin, qmax: integer limits.
     """
 
-    def __init__(self, scale: Tensor, zero_point: Tensor | float, qmin: int, qmax: int) -> None:
-        shift = float(zero_point)
-        zero, added = (0.0, shift) if isinstance(zero_point, Tensor) else (-0.0, -0.0)
-        self.numbers = float(scale), qmin - shift, qmax - shift, zero, added
+    zero_point: Tensor | float
+    qmin: int
+    qmax: int
+
+
+def rounded(x: Tensor, scale: Tensor, limits: Limits, keep: Choice | None) -> tuple[Tensor, Tensor]:
+    """In PyTorch's operations: `x` rounded, but for the elements of `keep`, and where the gradient passes.
+
+    The second is 1.0 or 0.0: bool tensors are dear on a CPU.
+    """
+    v, (zero_point, qmin, qmax) = x / scale, limits
+    if isinstance(zero_point, Tensor):
+        result = v.round().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point).mul_(scale)
+        v.add_(zero_point)
+        passing = v.clamp(qmin, qmax).eq_(v)
+    else:  # the limits are integers, so that it is one whether one clips or rounds first
+        result = v.clamp(qmin - zero_point, qmax - zero_point)
+        passing = v.eq_(result)
+        result.round_().mul_(scale)
+    if keep is not None:
+        mask = keep.mask()
+        result.lerp_(x, mask)
+        torch.maximum(passing, mask, out=passing)
+    return result, passing
+
+
+def residual(result: Tensor, x: Tensor, passing: Tensor) -> Tensor:
+    """What the scale's gradient is, times the scale, for an incoming gradient of 1."""
+    return torch.addcmul(result, x, passing, value=-1)
 
 
 class Kernels:
@@ -53,20 +77,20 @@ class Kernels:
         for function in (self._step, self._backward, self._mixed):
             function.restype = None
 
-    def learned_step(self, x: Tensor, levels: Levels, keep: Choice | None) -> Tensor:
+    def learned_step(self, x: Tensor, scale: Tensor, limits: Limits, keep: Choice | None) -> Tensor:
         """`x` rounded, but for the elements of `keep`."""
         result = torch.empty_like(x)
-        self._step(*_arguments(x, levels, keep), result.data_ptr())
+        self._step(*_arguments(x, scale, limits, keep), result.data_ptr())
         return result
 
     def learned_step_backward(
-        self, x: Tensor, grad: Tensor, levels: Levels, keep: Choice | None, *, of_scale: bool
+        self, x: Tensor, grad: Tensor, scale: Tensor, limits: Limits, keep: Choice | None, *, of_scale: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Gradient of `x`, and if asked for, what adds up to the scale times its gradient."""
         grad_x = torch.empty_like(x)
         terms = torch.empty_like(x) if of_scale else None
         written = grad.data_ptr(), grad_x.data_ptr(), None if terms is None else terms.data_ptr()
-        self._backward(*_arguments(x, levels, keep), *written)
+        self._backward(*_arguments(x, scale, limits, keep), *written)
         return grad_x, terms
 
     def mixed_rows(self, x: Tensor, other: Tensor, index: Tensor, choice: Choice) -> Tensor:
@@ -114,34 +138,31 @@ def kernels_for(tensors: Sequence[Tensor]) -> Kernels | None:
     return kernels() if fits else None
 
 
-def _arguments(x: Tensor, levels: Levels, keep: Choice | None) -> tuple[int | float | None, ...]:
+def _arguments(
+    x: Tensor, scale: Tensor, limits: Limits, keep: Choice | None
+) -> tuple[int | float | None, ...]:
     draws, below = (None, 0) if keep is None else (keep.draws.data_ptr(), keep.below)
-    return x.numel(), torch.get_num_threads(), x.data_ptr(), draws, below, *levels.numbers
+    shift = float(limits.zero_point)
+    zero, added = (0.0, shift) if isinstance(limits.zero_point, Tensor) else (-0.0, -0.0)
+    numbers = float(scale), limits.qmin - shift, limits.qmax - shift, zero, added
+    return x.numel(), torch.get_num_threads(), x.data_ptr(), draws, below, *numbers
 
 
 def _agrees(found: Kernels) -> bool:
     """Whether they compute what PyTorch does, ties and the outermost values included."""
     rng = torch.Generator().manual_seed(0)
     special = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38])
-    x = torch.cat([torch.arange(-20, 20) * 0.15, torch.randn(4099, generator=rng), special])
-    grad, draws = torch.randn(len(x), generator=rng), torch.arange(len(x)).to(torch.uint8)
-    keep, levels = Choice(draws, 100), Levels(torch.tensor(0.3), 2.0, 0, 7)
-    v, kept = x / 0.3, draws < 100
-    result = torch.where(kept, x, v.clamp(-2, 5).round() * 0.3)
-    passing = kept | (v.clamp(-2, 5) == v)
-    terms = (result - x * passing) * grad
-    index = torch.tensor([1, 0])
-    rows, other = x.view(5, -1), grad.view(5, -1)
+    x = torch.cat([torch.arange(-20, 20) * 0.15, torch.randn(4099, generator=rng), special]).view(5, -1)
+    grad, index = torch.randn(x.shape, generator=rng), torch.tensor([1, 0])
+    keep = Choice(torch.arange(x.numel()).to(torch.uint8).view(5, -1), 100)
+    scale, limits = torch.tensor(0.3), Limits(2.0, 0, 7)
+    result, passing = rounded(x, scale, limits, keep)
+    grad_x, terms = found.learned_step_backward(x, grad, scale, limits, keep, of_scale=True)
+    chosen = Choice(keep.draws[:2], 100)
     pairs = [
-        (found.learned_step(x, levels, keep), result),
-        *zip(
-            found.learned_step_backward(x, grad, levels, keep, of_scale=True),
-            (grad * passing, terms),
-            strict=True,
-        ),
-        (
-            found.mixed_rows(rows, other, index, Choice(draws.view(5, -1)[:2], 100)),
-            torch.where(kept.view(5, -1)[:2], other[index], rows[index]),
-        ),
+        (found.learned_step(x, scale, limits, keep), result),
+        (grad_x, grad * passing),
+        (terms, residual(result, x, passing) * grad),
+        (found.mixed_rows(x, grad, index, chosen), torch.lerp(x[index], grad[index], chosen.mask())),
     ]
     return all(a is not None and torch.equal(a, b) for a, b in pairs)
