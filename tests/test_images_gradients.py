@@ -10,8 +10,11 @@ from torch import Tensor, fx, nn
 
 from zsq.errors import UsageError
 from zsq.graph.blocks import extract
+from zsq.graph.frozen import frozen_batch_norm
+from zsq.graph.nodes import aten, output_nodes
 from zsq.images.gradients import (
     Gradients,
+    _between_images_and,
     directions,
     diversity,
     gradient_match,
@@ -132,6 +135,23 @@ def test_scopes() -> None:
     torch.testing.assert_close(every[-1][0], last[0][0])
     mean = sum(similarity_matrix((piece,), (piece,)) for piece in directions(every)) / 3
     torch.testing.assert_close(similarity_matrix(directions(every), directions(every)), mean)
+
+
+@pytest.mark.parametrize("kind", [Residual, PreActivation])
+def test_batch_norms_are_in_the_weights_and_change_nothing(kind: type[nn.Module]) -> None:
+    """A student of a network with its BatchNorms, and one of the network without: values and slopes."""
+    teacher, student, _ = (m.double() if isinstance(m, nn.Module) else m for m in calibrated(kind))
+    (output,) = (node.name for node in output_nodes(teacher.graph))
+    for network in (teacher, student):
+        part, plain = _between_images_and(network, [output]), extract(network, ["x"], [output])
+        left = [n for n in part.graph.nodes if n.target is frozen_batch_norm]
+        found = [n for n in network.graph.nodes if n.target is aten.batch_norm.default]
+        assert len(left) < len(found)  # before convolutions they stay
+        assert kind is PreActivation or not left
+        x = photographs(5, SIZE).double().requires_grad_()
+        results = [(y, torch.autograd.grad(y.square().sum(), x)[0]) for (y,) in (part(x), plain(x))]
+        for got, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("kind", [ConvolutionalHead, PreActivation])

@@ -7,7 +7,8 @@ from student_networks import bits_of, calibrated
 
 from zsq.graph.blocks import extract
 from zsq.quant.affine import fake_quantize_learned
-from zsq.quant.plain import plain_part, straight_through
+from zsq.quant.plain import merge_calls, plain_part, store_weights, straight_through
+from zsq.quant.quantizers import WeightQuantizer
 
 
 def test_same_bits_as_the_student() -> None:
@@ -22,6 +23,21 @@ def test_same_bits_as_the_student() -> None:
     ):
         assert torch.equal(got, wanted)
     assert len(part.weights) == 4  # three convolutions and the linear layer
+    after = bits_of(student)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_stored_weights_are_those_of_the_quantizers() -> None:
+    teacher, student, units = calibrated(Residual)
+    before = bits_of(student)
+    image = next(n.name for n in teacher.graph.nodes if n.op == "placeholder")
+    part = extract(student, [image], units[-1].outputs)
+    merge_calls(part.graph)
+    store_weights(part)
+    called = [part.get_submodule(str(n.target)) for n in part.graph.nodes if n.op == "call_module"]
+    assert called and not any(isinstance(module, WeightQuantizer) for module in called)
+    x = photographs(6, SIZE)
+    assert torch.equal(part(x)[0], extract(student, [image], units[-1].outputs)(x)[0])
     after = bits_of(student)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 

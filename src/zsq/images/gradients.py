@@ -15,10 +15,11 @@ from torch.func import grad, vmap
 
 from zsq.errors import UsageError
 from zsq.graph.blocks import Unit, extract
+from zsq.graph.fold import fold_batch_norms
 from zsq.graph.frozen import freeze_batch_norms
 from zsq.graph.nodes import aten, output_nodes, weight_node
 from zsq.images.settings import Scope
-from zsq.quant.plain import PlainPart, merge_calls, plain_part
+from zsq.quant.plain import PlainPart, merge_calls, plain_part, store_weights
 
 CHUNK = 32  # images whose gradients are computed at once
 EPS = 1e-6  # rows shorter than this are not brought to length 1: their direction is noise
@@ -244,10 +245,16 @@ def _last_layer(graph: fx.Graph) -> tuple[fx.Node, fx.Node]:
 
 
 def _between_images_and(graph_module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
-    """The network up to named nodes, as a function of the images."""
+    """The network up to named nodes, as a function of the images that is cheap to differentiate in them.
+
+    Nothing in it changes any more, so that quantized weights are computed once, and BatchNorms that directly
+    follow a layer are part of its weight: the values are the same up to rounding.
+    """
     image = next(node.name for node in graph_module.graph.nodes if node.op == "placeholder")
     part = extract(graph_module, [image], names)
-    freeze_batch_norms(part.graph)
     merge_calls(part.graph)
+    store_weights(part)
+    part, _ = fold_batch_norms(part)
+    freeze_batch_norms(part.graph)
     part.recompile()
     return part

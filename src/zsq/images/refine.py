@@ -63,7 +63,7 @@ def refine(
     bank: Gradients | None = None
     device = device_of(teacher)
     needed = needs(synthesis)
-    observer, num_swinging = observe(teacher, **(needed | {"logits": True})), 0
+    observer, num_swinging = observe(teacher, fold=True, **(needed | {"logits": True})), 0
     if settings.swing:
         view, num_swinging = swing(teacher)
         observer = observe(view, fold=True, **needed) if num_swinging else observer

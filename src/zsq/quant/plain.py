@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from zsq.graph.blocks import extract
+from zsq.graph.fold import store
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 
 
@@ -79,6 +80,25 @@ def merge_calls(graph: fx.Graph) -> None:
             if same is not node:
                 node.replace_all_uses_with(same)
                 graph.erase_node(node)
+
+
+def store_weights(module: fx.GraphModule) -> None:
+    """Read weights where their quantizers are called: what these give does not change any more; in place.
+
+    Args:
+        module: part of a student, from `extract`, whose calls are merged; the student keeps its quantizers.
+    """
+    for node in list(module.graph.nodes):
+        if node.op != "call_module":
+            continue
+        name, quantizer = str(node.target), module.get_submodule(str(node.target))
+        if isinstance(quantizer, WeightQuantizer):
+            with module.graph.inserting_before(node):
+                weight = store(module, f"stored_weights.{name}", quantizer().detach())
+            weight.meta = dict(node.meta)
+            node.replace_all_uses_with(weight)
+            module.graph.erase_node(node)
+    module.recompile()
 
 
 def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
