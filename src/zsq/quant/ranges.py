@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zsq.quant.affine import MIN_SCALE, choose_qparams, integer_limits
+from zsq.quant.error_bounds import may_be_best
 
 MAX_SAMPLES = 2**20
 """Most values per channel (or tensor) that `percentile` and `error_minimising` look at; beyond it they take
@@ -137,14 +138,17 @@ def error_minimising_ends(
     values = _thinned(_rows(x, None), _BLOCK)[0]
     ends = [(qmin - zero_point) * scale, (qmax - zero_point) * scale]
     lowest = _error(values, scale, zero_point, qmin, qmax, exponent)
+    shares = torch.tensor([1 - index / num_ratios for index in range(num_ratios)]).to(values)
     for end in (0, 1, 0):
-        for index in range(num_ratios):
-            candidate = list(ends)
-            candidate[end] = widest[end] * (1 - index / num_ratios)
-            found = choose_qparams(candidate[0], candidate[1], qmin=qmin, qmax=qmax, symmetric=False)
-            error = _error(values, *found, qmin, qmax, exponent)
+        candidates = [end_of_it.expand(num_ratios) for end_of_it in ends]
+        candidates[end] = widest[end] * shares
+        scales, zeros = choose_qparams(candidates[0], candidates[1], qmin=qmin, qmax=qmax, symmetric=False)
+        known = float(lowest)
+        for index in may_be_best(values, scales, qmin - zeros, qmax - zeros, exponent, known=known):
+            error = _error(values, scales[index], zeros[index], qmin, qmax, exponent)
             if bool(error < lowest):
-                lowest, ends, (scale, zero_point) = error, candidate, found
+                lowest, ends = error, [candidate[index] for candidate in candidates]
+                scale, zero_point = scales[index], zeros[index]
     return scale, zero_point
 
 
@@ -171,8 +175,13 @@ def _best_ratio(
     lowest = torch.full_like(widest, math.inf)
     parts = torch.split(rows, _BLOCK, dim=1)
     steps, rounded = torch.empty_like(parts[0]), torch.empty_like(parts[0])
-    for index in range(num_ratios):
-        ratio = 1 - index / num_ratios
+    ratios = [1 - index / num_ratios for index in range(num_ratios)]
+    if len(rows) == 1:
+        scales = widest[0] * torch.tensor(ratios).to(rows)
+        lowest_level, highest_level = (limit[0].expand(num_ratios) for limit in limits)
+        chosen = may_be_best(rows[0], scales, lowest_level, highest_level, exponent)
+        ratios = [ratios[index] for index in chosen]
+    for ratio in ratios:
         total = torch.zeros_like(widest)
         for part in parts:
             v, q = steps[:, : part.shape[1]], rounded[:, : part.shape[1]]
