@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from zsq.graph.nodes import weight_node
 from zsq.models import Teacher
-from zsq.quant.scheme import parse_bits, place
+from zsq.quant.placement import place
+from zsq.quant.scheme import parse_bits
 from zsq.stages import captured
 
 PACKAGE = "model_compression_toolkit"

@@ -12,8 +12,9 @@ from zsq.graph.nodes import weight_node
 from zsq.graph.tensors import get_tensor
 from zsq.quant.attach import Quantizers, attach
 from zsq.quant.calibrate import calibrate
+from zsq.quant.placement import place
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer, quantize_weight
-from zsq.quant.scheme import Scheme, place
+from zsq.quant.scheme import Scheme
 from zsq.recipe import Calibration
 
 W4A4, W8A8 = Scheme(weight_bits=4, activation_bits=4), Scheme(weight_bits=8, activation_bits=8)

@@ -21,8 +21,9 @@ from zsq.models import Teacher
 from zsq.pipeline import compose_recipe, quantize
 from zsq.quant.attach import OCTAVES, attach
 from zsq.quant.calibrate import calibrate
+from zsq.quant.placement import place
 from zsq.quant.quantizers import ActivationQuantizer
-from zsq.quant.scheme import Scheme, place
+from zsq.quant.scheme import Scheme
 from zsq.recipe import Calibration
 from zsq.student import student_from_file, student_to_bytes
 

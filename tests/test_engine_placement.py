@@ -19,8 +19,9 @@ from zsq.quant.attach import attach
 from zsq.quant.calibrate import calibrate
 from zsq.quant.engine_placement import CARRIERS, CAT, place_for_engine
 from zsq.quant.image_range import set_image_ranges
+from zsq.quant.placement import place
 from zsq.quant.quantizers import ActivationQuantizer, WeightQuantizer
-from zsq.quant.scheme import Scheme, parse_bits, place
+from zsq.quant.scheme import Scheme, parse_bits
 from zsq.recipe import Calibration, Reconstruction
 from zsq.recipe_fields import describe
 from zsq.recover.reconstruct import reconstruct

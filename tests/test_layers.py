@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "images.pixel_settings": GROUND | LOOKS | {"images.settings"},
     "images.generator_settings": GROUND | LOOKS | {"images.settings", "images.pixel_settings"},
     "recover.settings": GROUND | {"images.settings"},
-    "quant.scheme": GROUND | {"graph"},
+    "quant.scheme": GROUND,
     "recipe": GROUND | SETTINGS,
     "recipe_fields": GROUND | SETTINGS,
     "quant": GROUND | MODELS | SETTINGS | {"graph"},

@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from zsq.graph.capture import capture
 from zsq.graph.nodes import activations, aten, layer_name, output_nodes, weight_node
-from zsq.quant.scheme import ENDS, Placement, Scheme, parse_bits, place
+from zsq.quant.placement import Placement, place
+from zsq.quant.scheme import ENDS, Scheme, parse_bits
 
 W4A4 = Scheme(weight_bits=4, activation_bits=4)
 

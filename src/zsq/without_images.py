@@ -10,7 +10,7 @@ from zsq.graph.normal import Moments
 from zsq.graph.tensors import device_of
 from zsq.images.prior import InputPrior
 from zsq.quant.attach import Quantizers
-from zsq.quant.scheme import place
+from zsq.quant.placement import place
 from zsq.quant.statistical_ranges import set_ranges
 from zsq.recipe import Recipe, StatisticalRanges
 from zsq.recover.correct_bias import correct_biases, correctable

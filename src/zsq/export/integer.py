@@ -13,8 +13,8 @@ from zsq.export.builder import EXTRA
 from zsq.export.engine import EngineModel, SessionOptions
 from zsq.graph.nodes import aten
 from zsq.quant.engine_placement import CARRIERS, CAT, FUSED
+from zsq.quant.placement import zero_padded
 from zsq.quant.quantizers import ActivationQuantizer
-from zsq.quant.scheme import zero_padded
 
 
 def reads_codes(student: fx.GraphModule) -> bool:

@@ -10,8 +10,9 @@ from torch import fx, nn
 from zsq.graph.nodes import LAYERS, aten, weight_node
 from zsq.graph.tensors import device_of, get_tensor, make_submodule
 from zsq.quant.engine_placement import place_for_engine
+from zsq.quant.placement import Placement, place
 from zsq.quant.quantizers import ActivationQuantizer, quantize_weight
-from zsq.quant.scheme import Placement, Scheme, place
+from zsq.quant.scheme import Scheme
 
 OCTAVES = 16  # of probabilities that logarithmic codes tell apart, from 1 down to 2^-16
 

@@ -10,7 +10,8 @@ from torch import fx
 from zsq.graph.attention import operands as factors
 from zsq.graph.fold import BATCH_NORM, foldable
 from zsq.graph.nodes import MOVES, activations, aten, output_nodes, weight_node
-from zsq.quant.scheme import Placement, Scheme, layer_depths, leads_to_layer, zero_padded
+from zsq.quant.placement import Placement, layer_depths, leads_to_layer, zero_padded
+from zsq.quant.scheme import Scheme
 
 # Operations whose result holds values of their input and no others: it needs no quantizer of its own.
 CARRIERS = MOVES | {

@@ -9,8 +9,8 @@ from zsq.graph.tensors import device_of
 from zsq.models import ModelSpec
 from zsq.quant.affine import choose_qparams
 from zsq.quant.attach import Quantizers
+from zsq.quant.placement import layer_depths
 from zsq.quant.quantizers import ActivationQuantizer
-from zsq.quant.scheme import layer_depths
 
 
 def set_image_ranges(

@@ -8,7 +8,7 @@ from zsq.errors import UsageError
 from zsq.graph.blocks import Unit
 from zsq.graph.fold import BATCH_NORM
 from zsq.graph.nodes import activations, aten, output_nodes
-from zsq.quant.scheme import layer_depths, leads_to_layer
+from zsq.quant.placement import layer_depths, leads_to_layer
 
 CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding})
 

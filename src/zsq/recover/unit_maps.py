@@ -9,7 +9,7 @@ from zsq.errors import UsageError
 from zsq.graph.blocks import Unit, extract
 from zsq.graph.tensors import device_of
 from zsq.out_of_memory import in_chunks
-from zsq.quant.scheme import leads_to_layer
+from zsq.quant.placement import leads_to_layer
 from zsq.recover.feature_nodes import logits_node, positions
 from zsq.recover.settings import MapAlignment
 from zsq.recover.student_losses import map_distance
