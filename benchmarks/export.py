@@ -31,7 +31,8 @@ from zsq.bench_file import existing_path, expanded, read_bench
 from zsq.data import open_dataset
 from zsq.errors import ZsqError
 from zsq.export.engine import open_engine
-from zsq.export.onnx import export_onnx, lower, serialized
+from zsq.export.lower import lower, serialized
+from zsq.export.onnx import export_onnx
 from zsq.export.prepare import prepared
 from zsq.export.targets import TARGETS
 from zsq.run import Run

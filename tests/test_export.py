@@ -41,7 +41,8 @@ import onnxruntime  # noqa: E402
 
 from zsq.export.bisect import first_difference  # noqa: E402
 from zsq.export.engine import EngineModel, SessionOptions, open_engine  # noqa: E402
-from zsq.export.onnx import Export, export_onnx, lower, serialized  # noqa: E402
+from zsq.export.lower import lower, serialized  # noqa: E402
+from zsq.export.onnx import Export, export_onnx  # noqa: E402
 from zsq.export.openvino import OpenVinoModel  # noqa: E402
 from zsq.export.openvino_ir import export_openvino, open_representation  # noqa: E402
 from zsq.export.operations import EMITTERS  # noqa: E402
@@ -364,7 +365,7 @@ def test_a_file_that_the_engine_cannot_run_is_not_written(
 
 def test_session_options_are_found_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the clips that keep ONNX Runtime from its fault, other session options are what works."""
-    import zsq.export.onnx as module
+    import zsq.export.lower as module
 
     builder = module.Builder
     monkeypatch.setattr(module, "Builder", lambda *, exact, integer_biases: builder(exact=False))

@@ -18,7 +18,7 @@ from test_export_engine import engine_run  # noqa: E402
 
 from zsq.export.engine import EngineModel  # noqa: E402
 from zsq.export.latency import bench_latency, in_float, take_turns  # noqa: E402
-from zsq.export.onnx import lower, serialized  # noqa: E402
+from zsq.export.lower import lower, serialized  # noqa: E402
 from zsq.export.prepare import prepared  # noqa: E402
 from zsq.export.targets import TARGETS  # noqa: E402
 from zsq.quant.attach import attach  # noqa: E402

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from zsq.errors import UsageError
 from zsq.export.engine import EngineModel, SessionOptions
 from zsq.export.integer import Fused, fused_operators
-from zsq.export.onnx import checked, lower, require_packages, serialized
+from zsq.export.lower import lower, serialized
+from zsq.export.onnx import checked, require_packages
 from zsq.export.prepare import prepared
 from zsq.export.targets import container_widths, get_target
 from zsq.files import write_atomic
