@@ -467,7 +467,7 @@ def test_files_of_this_repository_are_well_formed(monkeypatch: pytest.MonkeyPatc
     others = {"engine", "genie", "gradient_cover", "psaq_vit", "quick", "sadag", "sadag_ablation", "w8a8"}
     others |= {"best", "genie_synq", "half", "w2a2", "sadag_quick", "sadag_seeds", "sadag_variants"}
     others |= {"best_imagenet", "sadag_turn", "tiniest", "uniform_imagenet", "units"}
-    others |= {"sadag_bits", "sadag_imagenet", "sadag_parts", "synq_parts_gdfq"}
+    others |= {"sadag_bits", "sadag_imagenet", "sadag_long", "sadag_parts", "synq_parts_gdfq"}
     assert benches.keys() == others | {"mixing", "paper", "paper_imagenet", "synq_parts", "uniform"}
     for name, bench in benches.items():
         assert bench.name == name and bench.networks and bench.recipes

@@ -46,7 +46,7 @@ SETTINGS = {
 }
 LOOKS = {"images.setting_checks", "images.class_settings", "images.look_settings"}
 DATA = {"data", "data_arrays", "data_files", "data_hub", "data_tensors", "pictures"}
-BENCH = {"bench", "bench_file", "bench_jobs", "bench_plan", "bench_row", "bench_worker"}
+BENCH = {"bench", "bench_file", "bench_folder", "bench_jobs", "bench_plan", "bench_row", "bench_worker"}
 ALLOWED: dict[str, set[str]] = {
     **{name: GROUND | MODELS for name in MODELS},
     **{name: GROUND | MODELS | DATA for name in DATA},

@@ -225,7 +225,8 @@ def bench(
 ) -> None:
     """Compare recipes over networks, bits and seeds. The same command continues an interrupted one."""
     with only_result_on_stdout():
-        from zsq.bench import RESULTS, TABLE, run_bench
+        from zsq.bench import run_bench
+        from zsq.bench_folder import RESULTS, TABLE
         from zsq.distributed import started_by_torchrun
 
         if started_by_torchrun():
