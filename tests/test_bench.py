@@ -464,10 +464,10 @@ def test_files_of_this_repository_are_well_formed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # some are for a GPU
     found = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.toml"))
     benches = {path.stem: read_bench(path) for path in found}
-    others = {"engine", "genie", "gradient_cover", "psaq_vit", "quick", "sadag", "sadag_ablation", "w8a8"}
+    others = {"engine", "genie", "gradient_cover", "psaq_vit", "quick", "sadag", "w8a8"}
     others |= {"best", "genie_synq", "half", "w2a2", "sadag_quick", "sadag_seeds", "sadag_variants"}
     others |= {"best_imagenet", "sadag_turn", "tiniest", "uniform_imagenet", "units"}
-    others |= {"sadag_bits", "sadag_imagenet", "sadag_long", "sadag_parts", "synq_parts_gdfq"}
+    others |= {"sadag_bits", "sadag_imagenet", "sadag_long", "sadag_ablation", "synq_parts_gdfq"}
     assert benches.keys() == others | {"mixing", "paper", "paper_imagenet", "synq_parts", "uniform"}
     for name, bench in benches.items():
         assert bench.name == name and bench.networks and bench.recipes

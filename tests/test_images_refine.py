@@ -25,7 +25,7 @@ from zsq.images.gradients import (
 from zsq.images.losses import InputStatistics
 from zsq.images.neighbours import find_neighbours, to_edge
 from zsq.images.refine import refine
-from zsq.images.refine_batch import refine_batch
+from zsq.images.refine_batch import LARGEST_HOLD, held, refine_batch
 from zsq.images.settings import Filter, Refinement, Synthesis
 from zsq.images.synthesis_loss import SynthesisLoss
 from zsq.images.synthesize import synthesize
@@ -105,6 +105,40 @@ def test_the_loss_of_synthesis_weighs_what_it_was(observer: Observer, probe: Pro
     again, _, (scaled, *_) = refined(observer, probe, batch, plain, synthesis=tenfold)
     assert scaled["bn"] == pytest.approx(10 * first["bn"]) and scaled["loss"] == pytest.approx(1.0)
     torch.testing.assert_close(again, images)
+
+
+def test_the_weight_of_a_held_loss() -> None:
+    one = torch.tensor(1.0)
+    weight = one
+    for _ in range(2):
+        weight = held(weight, one, torch.tensor(1.1), one)
+    assert float(weight) == pytest.approx(1.1**8) and float(weight) > 2
+    assert float(held(weight, one, torch.tensor(0.5), one)) == 1.0  # no lighter than it began
+    assert float(held(1e4 * one, one, torch.tensor(2.0), one)) == LARGEST_HOLD
+    for unit in (1e-3, 1e3):  # neither the loss's unit nor its weight's matters
+        now = held(unit * weight, unit * one, unit * torch.tensor(1.3), unit * one)
+        torch.testing.assert_close(now, unit * held(weight, one, torch.tensor(1.3), one))
+
+
+def test_a_held_loss_stays_where_it_was(observer: Observer, probe: Probe, batch: Batch) -> None:
+    """Against terms that are fifty times as heavy as published; without it they win."""
+    heavy = replace(SETTINGS, match_weight=50.0, diversity_weight=50.0, steps=40)
+    _, _, free = refined(observer, probe, batch, heavy)
+    _, _, kept = refined(observer, probe, batch, replace(heavy, bn_hold=True))
+    assert kept[0] == free[0]  # it begins with the weight that was set
+    start = free[0]["bn"]
+    assert free[-1]["bn"] > 1.3 * start
+    assert kept[-1]["bn"] < 1.15 * start < free[-1]["bn"]
+    assert kept[-1]["match"] + kept[-1]["diversity"] < kept[0]["match"] + kept[0]["diversity"]
+    # Relative to its start, the weight begins there: 1 / start in place of 1
+    both = replace(heavy, bn_hold=True, bn_relative=True, steps=1)
+    _, _, (first, *_) = refined(observer, probe, batch, both)
+    expected = 1 + 50 * (first["match"] + first["diversity"])
+    assert first["loss"] == pytest.approx(expected, rel=1e-5)
+    without = replace(heavy, bn_weight=0.0, steps=3)  # nothing to hold
+    images, _, _ = refined(observer, probe, batch, without)
+    again, _, _ = refined(observer, probe, batch, replace(without, bn_hold=True))
+    assert torch.equal(images, again)
 
 
 # ---- the search

@@ -22,6 +22,8 @@ from zsq.kernels import computing_in
 from zsq.replay import Course, can_record, replayed
 
 SMALLEST_LOSS = 1e-6  # that another is divided by
+HOLD_EXPONENT = 4.0  # of the ratio of a held loss to its start, by which its weight changes in a step
+LARGEST_HOLD = 1e4  # weight of a held loss, in that with which it begins
 
 Step = Callable[[Tensor | None, Shifts | None], dict[str, Tensor]]
 
@@ -55,7 +57,7 @@ class RefinementLoss:
     generator: nn.Module
 
     def __call__(
-        self, bn_weight: float | Tensor, start: Tensor | None, carried: Tensor | None, shifts: Shifts | None
+        self, bn_weight: Tensor, start: Tensor | None, carried: Tensor | None, shifts: Shifts | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and those parts of it that have a weight, without it.
 
@@ -103,6 +105,16 @@ class RefinementLoss:
     def directions_at(self, latents: Tensor) -> Gradients:
         """Of the gradients that images of latents (N, L) give the student."""
         return directions(self.probe(self.images_at(latents), None))
+
+
+def held(weight: Tensor, lightest: Tensor, loss: Tensor, start: Tensor) -> Tensor:
+    """The next weight of a loss that is not to rise above `start`; all are scalars.
+
+    It is the weight times (loss / start)^4, between `lightest` and ten thousand times that: of a loss that is
+    a tenth too high, the weight doubles in two steps.
+    """
+    found = weight * (loss / start) ** HOLD_EXPONENT
+    return found.clamp(min=lightest, max=LARGEST_HOLD * lightest)
 
 
 def is_matching(settings: Refinement) -> bool:
@@ -167,11 +179,13 @@ def refine_batch(
         carried = (settings.radius * F.normalize(starts().to(device), dim=1)).requires_grad_()
         parameters.append(carried)
     searching = is_matching(settings) and carried is None
-    bn_weight: float | Tensor = settings.bn_weight
-    if settings.bn_relative and settings.bn_weight > 0:
+    bn_weight, bn_start = torch.tensor(settings.bn_weight, device=device), None
+    if (settings.bn_relative or settings.bn_hold) and settings.bn_weight > 0:
         with torch.no_grad():
             first, _ = objective(loss_of.seen([[0, 0]] * num_swinging if num_swinging else None))
-            bn_weight = settings.bn_weight / first.clamp(min=SMALLEST_LOSS)
+            bn_start = first.clamp(min=SMALLEST_LOSS)
+        bn_weight = bn_weight / bn_start if settings.bn_relative else bn_weight
+    lightest = bn_weight.clone()
 
     def learn(start: Tensor | None, shifts: Shifts | None) -> dict[str, Tensor]:
         loss, parts = loss_of(bn_weight, start, carried, shifts)
@@ -179,6 +193,8 @@ def refine_batch(
         loss.backward(inputs=parameters)
         optimizer.step()
         plateau.step(loss.detach())
+        if settings.bn_hold and bn_start is not None:
+            bn_weight.copy_(held(bn_weight, lightest, parts["bn"].detach(), bn_start))
         if carried is not None and carried.grad is not None:
             with torch.no_grad():  # the loss rises where neighbours become less similar
                 carried.copy_(to_edge(carried.grad, settings.radius, otherwise=carried))

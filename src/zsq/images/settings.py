@@ -112,6 +112,8 @@ class Refinement:
         bn_relative: whether that loss is divided by what it is of the batch before it is refined. Published:
             no, and what it weighs against the other two depends on how many layers there are, and on how well
             the images have met their statistics.
+        bn_hold: whether the weight of that loss grows while it is above what it was before the refinement,
+            and shrinks to `bn_weight` again while it is below, see `zsq.images.refine_batch.held`.
         swing: whether strided convolutions read shifted inputs in the loss of synthesis, as in synthesis.
             Published: no, and the teacher's pass is shared with the gradient match.
         match_weight: factor of the gradient match between images and their neighbours.
@@ -144,6 +146,7 @@ class Refinement:
     lr_latent_min: float = 1e-6
     bn_weight: float = 1.0
     bn_relative: bool = field(default=False, metadata={"described": "unless default"})
+    bn_hold: bool = field(default=False, metadata={"described": "unless default"})
     swing: bool = field(default=False, metadata={"described": "unless default"})
     match_weight: float = 1.0
     match_focus: float = field(default=0.0, metadata={"described": "unless default"})
