@@ -16,11 +16,13 @@ Where the paper and its published code differ, or the code is in error, this is 
 * The weights of the three terms are 1, as in the code; the paper's summaries disagree on their order.
 * At W8A8 and W8 images are not refined: the residual is too small to have a direction.
 * Gradients are those of the last layer, before its own activation quantizer, as in the code.
-* Not in the paper: `refinement.swing=true` has swing convolutions in the loss of synthesis, as synthesis
-  does; `refinement.bn_relative=true` divides that loss by what it was before the refinement;
-  `refinement.rounds=2` learns the student anew halfway; `refinement.match_focus=1` weighs the least similar
-  images more. None is on, as none made SADAG better than Genie where it is worse
-  (benchmarks/results/sadag_variants.md, sadag_turn.md).
+* Not in the paper: `refinement.bn_hold=true` lets the weight of the BatchNorm loss grow while that loss is
+  above what it was before the refinement, and `refinement.bn_relative=true` divides it by that: the terms
+  have no common unit, and on a network whose BatchNorm loss is small (WRN-16-1) the other two move images
+  away from its statistics, which costs 3 points at W2A2; `refinement.swing=true` has swing convolutions in
+  the loss of synthesis, as synthesis does; `refinement.rounds=2` learns the student anew halfway;
+  `refinement.match_focus=1` weighs the least similar images more. None is on, as none made SADAG better than
+  Genie on two networks and was confirmed by a third (benchmarks/results/sadag_ablation.md, sadag_turn.md).
 
 With a smaller budget there are fewer steps, and the learning rates grow in proportion, up to 20 times.
 Measured on cifar100_resnet20s, W2A4, 64 images of 300 steps of synthesis (in bfloat16), a student of 100
