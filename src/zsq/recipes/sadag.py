@@ -39,10 +39,10 @@ of 4 searches; change is the root mean square over pixels, which have deviation 
 
 The rates of the standard budget (1.7e-4, 1.7e-3) change these images by 0.27.
 
-A step of refinement costs 4.5 of synthesis there (processor time, both in float32; with the published search
-4.1, with gradients of the last unit 5.4, of all units 18), so 30 steps on top of 300 cost 0.45 of the
-synthesis, besides the student. With `refinement.neighbour=carried`, which is in neither paper nor code, the
-refinement takes 0.73 of that (128 images, 15 steps).
+A step of refinement costs 4.5 to 5 of synthesis (processor time, both in float32, measured in
+benchmarks/results/refinement_cost.md), so that one for ten of those costs 0.45 to 0.5 of the synthesis,
+besides the student (0.1). With `refinement.neighbour=carried`, which is in neither paper nor code, it is 0.3;
+with that and gradients of the last unit 0.37, of all units 1.5 to 2.
 """
 
 from dataclasses import replace
