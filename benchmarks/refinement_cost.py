@@ -115,7 +115,7 @@ def main() -> None:
         "",
         f"    {command} --write {arguments.write}",
         "",
-        f"torch {torch.__version__}, {os.cpu_count()} cores, busy with other work.",
+        f"torch {torch.__version__}, {os.cpu_count()} cores.",
         "",
         "Ratios are to Genie's images: with the refinement, and with the refinement and its student.",
         "",
