@@ -525,3 +525,20 @@ def test_texts() -> None:
     assert default_out("runs", teacher, "genie", "W4A4", 0) == Path("runs/digits-genie-W4A4")
     teacher.name = "hf-hub:timm/net"
     assert default_out("runs", teacher, "genie", "W4", 2) == Path("runs/hf-hub_timm_net-genie-W4-seed2")
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--version", 0), ("--no-such-option", 2)])
+def test_a_process_of_a_job_ends_at_once(argument: str, code: int) -> None:
+    """What it printed is there, and nothing of the interpreter's own end happens, in which threads abort."""
+    program = (
+        "import atexit, sys; atexit.register(print, 'the interpreter ends'); from zsq.cli import main; "
+        f"sys.argv = ['zsq', {argument!r}]; main()"
+    )
+    for size in ("1", "2"):
+        environment = os.environ | {"WORLD_SIZE": size, "RANK": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == code
+        assert ("the interpreter ends" in done.stdout) == (size == "1")
+        assert "zsq" in done.stdout or "no-such-option" in done.stderr

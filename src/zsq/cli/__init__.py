@@ -1,11 +1,12 @@
 """The command line: each command reads its arguments, makes one Python call and shows what came of it."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -45,7 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         if ours and signal.getsignal(signal.SIGINT) is _stop:  # after a Ctrl-C the process is about to end
             signal.signal(signal.SIGINT, signal.default_int_handler)
+    if arguments is None and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        _end_at_once(code or 0)
     sys.exit(code or 0)
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End without the interpreter's own end, which threads of torch.distributed may turn into an abort."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _stop(number: int, frame: object) -> None:
