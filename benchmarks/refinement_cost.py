@@ -60,17 +60,16 @@ class Clock:
 def of_synthesis(teacher: Teacher, common: Mapping[str, Any], made: dict[str, dict[str, Tensor]]) -> float:
     """Seconds of Genie's images, which `made` keeps."""
     clock = Clock()
-    overrides = {name: value for name, value in common.items() if not name.startswith("reconstruction")}
-    synthesize_images(teacher, recipe="genie", made=made, progress=clock, overrides=overrides, budget="quick")
+    synthesize_images(teacher, recipe="genie", made=made, progress=clock, overrides=common, budget="quick")
     return clock.seconds["synthesize"]
 
 
-def measured(teacher: Teacher, bits: str) -> dict[str, dict[str, float]]:
-    """Seconds by stage of every way, and those of synthesis under "synthesis"."""
+def measured(teacher: Teacher, bits: str) -> tuple[float, dict[str, tuple[float, float]]]:
+    """Seconds of synthesis; and of every way, those of the student and of the refinement."""
     common: dict[str, Any] = {"num_holdout": 0, "reconstruction.steps": 1}
     made: dict[str, dict[str, Tensor]] = {}
     before = of_synthesis(teacher, common, made)
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, tuple[float, float]] = {}
     for way, overrides in WAYS.items():
         clock = Clock()
         quantize(
@@ -82,17 +81,14 @@ def measured(teacher: Teacher, bits: str) -> dict[str, dict[str, float]]:
             made=made,
             progress=clock,
         )
-        found[way] = {"student": clock.seconds["warm-up"], "refinement": clock.seconds["refine"]}
-    found["synthesis"] = {"seconds": (before + of_synthesis(teacher, common, {})) / 2}
-    return found
+        found[way] = clock.seconds["warm-up"], clock.seconds["refine"]
+    return (before + of_synthesis(teacher, common, {})) / 2, found
 
 
-def rows(name: str, found: dict[str, dict[str, float]]) -> list[str]:
+def rows(name: str, synthesis: float, found: Mapping[str, tuple[float, float]]) -> list[str]:
     """Lines of the table for a network."""
-    synthesis = found.pop("synthesis")["seconds"]
     lines = []
-    for way, seconds in found.items():
-        student, refinement = seconds["student"], seconds["refinement"]
+    for way, (student, refinement) in found.items():
         ratios = [(synthesis + added) / synthesis for added in (refinement, refinement + student)]
         cells = [f"{value:.1f}" for value in (synthesis, student, refinement)] + [f"{r:.2f}" for r in ratios]
         lines.append(f"| {name} | {way} | " + " | ".join(cells) + " |")
@@ -124,8 +120,7 @@ def main() -> None:
     ]
     bench = read_bench(Path(arguments.file))
     for network in bench.networks:
-        found = measured(plan_network(bench, network).teacher, arguments.bits)
-        lines += rows(network.name, found)
+        lines += rows(network.name, *measured(plan_network(bench, network).teacher, arguments.bits))
         print("\n".join(lines[-len(WAYS) :]), flush=True)
         if arguments.write is not None:
             arguments.write.write_text("\n".join(lines) + "\n")

@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: without the program's name; None takes those of the process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and int(os.environ.get("RANK") or 0) > 0:
+    of_a_job = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    if of_a_job and int(os.environ.get("RANK") or 0) > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # the first process of a job speaks for all
     begin_call(given)
     keep_freed_memory()
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         if ours and signal.getsignal(signal.SIGINT) is _stop:  # after a Ctrl-C the process is about to end
             signal.signal(signal.SIGINT, signal.default_int_handler)
-    if arguments is None and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if arguments is None and of_a_job:
         _end_at_once(code or 0)
     sys.exit(code or 0)
 

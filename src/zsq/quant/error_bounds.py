@@ -35,10 +35,13 @@ def may_be_best(
         Their indices, in increasing order; all of them where values are too few for a histogram or of
         16 bits.
     """
+    every = list(range(len(scales)))
+    if len(values) < MANY_VALUES or values.element_size() < 4:
+        return every
     lo, hi = torch.aminmax(values)
     width = (hi - lo) / NUM_BINS
-    if len(values) < MANY_VALUES or values.element_size() < 4 or not 0 < float(width) < torch.inf:
-        return list(range(len(scales)))
+    if not 0 < float(width) < torch.inf:
+        return every
     bins = ((values - lo) / width).to(torch.int32).clamp_(max=NUM_BINS - 1)
     counts = torch.bincount(bins, minlength=NUM_BINS)
     filled = counts.nonzero()[:, 0]

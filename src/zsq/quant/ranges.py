@@ -138,7 +138,7 @@ def error_minimising_ends(
     values = _thinned(_rows(x, None), _BLOCK)[0]
     ends = [(qmin - zero_point) * scale, (qmax - zero_point) * scale]
     lowest = _error(values, scale, zero_point, qmin, qmax, exponent)
-    shares = torch.tensor([1 - index / num_ratios for index in range(num_ratios)]).to(values)
+    shares = torch.tensor(_ratios(num_ratios)).to(values)
     for end in (0, 1, 0):
         candidates = [end_of_it.expand(num_ratios) for end_of_it in ends]
         candidates[end] = widest[end] * shares
@@ -175,7 +175,7 @@ def _best_ratio(
     lowest = torch.full_like(widest, math.inf)
     parts = torch.split(rows, _BLOCK, dim=1)
     steps, rounded = torch.empty_like(parts[0]), torch.empty_like(parts[0])
-    ratios = [1 - index / num_ratios for index in range(num_ratios)]
+    ratios = _ratios(num_ratios)
     if len(rows) == 1:
         scales = widest[0] * torch.tensor(ratios).to(rows)
         lowest_level, highest_level = (limit[0].expand(num_ratios) for limit in limits)
@@ -198,6 +198,11 @@ def _best_ratio(
         if bool((error - (ratio / 2) ** exponent > lowest).all()):
             break
     return best
+
+
+def _ratios(num_ratios: int) -> list[float]:
+    """Of candidates to the widest range: 1, 1 - 1 / num_ratios, ..., 1 / num_ratios."""
+    return [1 - index / num_ratios for index in range(num_ratios)]
 
 
 def _rows(x: Tensor, axis: int | None) -> Tensor:
